@@ -1,0 +1,142 @@
+"""Resolve once, at the border: a recipe by name, path or URL, plus overrides, becomes one frozen `Recipe` (DESIGN 5)."""
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from sft_core.errors import RecipeError
+from sft_core.recipe.sections import Recipe
+
+
+def resolve(recipe: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Merge `overrides` key by key into `recipe` and validate the whole. RecipeError names every wrong key."""
+    if isinstance(recipe, Mapping):
+        where, values = "the recipe", dict(recipe)
+    else:
+        where, values = str(recipe), load_recipe(recipe)
+    merged = merge_keys(values, overrides or {})
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, where)) from None
+
+
+def load_recipe(recipe: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a recipe's YAML from a shipped name, a path, or any fsspec URL."""
+    text = _read(str(recipe))
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{recipe}: not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{recipe}: a recipe is a mapping of keys, this is {type(values).__name__}; see recipes/")
+    return values
+
+
+def shipped_recipes() -> dict[str, str]:
+    """Text of every recipe that comes with the project, by name."""
+    files = sorted(resources.files("recipes").iterdir(), key=lambda entry: entry.name)
+    return {f.name.removesuffix(".yaml"): f.read_text("utf-8") for f in files if f.name.endswith(".yaml")}
+
+
+def merge_keys(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`overrides` over `values`, key by key: sections merge, everything else is replaced.
+
+    >>> merge_keys({"train": {"seed": 1, "lora": {"r": 8}}}, {"train": {"lora": {"r": 16}}})
+    {'train': {'seed': 1, 'lora': {'r': 16}}}
+    """
+    merged = dict(values)
+    for key, value in overrides.items():
+        old = merged.get(key)
+        merged[key] = merge_keys(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """`--set` arguments to nested overrides; values are YAML.
+
+    >>> parse_settings(["train.learning_rate=1e-4", "train.lora.r=8"])
+    {'train': {'learning_rate': 0.0001, 'lora': {'r': 8}}}
+    """
+    overrides: dict[str, Any] = {}
+    for setting in settings:
+        dotted, equals, text = setting.partition("=")
+        if not equals or not dotted:
+            raise RecipeError(f"--set {setting!r}: write it as section.key=value, for example train.learning_rate=1e-4")
+        value: Any = _yaml_value(text)
+        for key in reversed(dotted.split(".")):
+            value = {key: value}
+        overrides = merge_keys(overrides, value)
+    return overrides
+
+
+def _yaml_value(text: str) -> object:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4 as text
+        except ValueError:
+            return value
+    return value
+
+
+def _read(recipe: str) -> str:
+    shipped = shipped_recipes()
+    if recipe in shipped:
+        return shipped[recipe]
+    if "://" not in recipe and not Path(recipe).is_file():
+        near = difflib.get_close_matches(recipe, shipped, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise RecipeError(f"no recipe {recipe!r}: {hint}`sft recipes list` names those that ship; or give a file or URL")
+    try:
+        with fsspec.open(recipe, "rt", encoding="utf-8") as file:
+            return str(file.read())
+    except (OSError, ValueError, ImportError) as error:
+        raise RecipeError(f"{recipe}: cannot be read: {error}") from None
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    lines = [_explain_one(entry) for entry in error.errors()]
+    return "\n".join([f"{where}: {len(lines)} wrong key(s)" if len(lines) > 1 else f"{where}:", *lines])
+
+
+def _explain_one(entry: Any) -> str:
+    location = [str(part) for part in entry["loc"]]
+    dotted = ".".join(location) or "recipe"
+    if entry["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(location[-1], _keys_at(location[:-1]), n=1, cutoff=0.5)
+        known = ", ".join(_keys_at(location[:-1]))
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {known}"
+        return f"  {dotted}: unknown key (value {entry['input']!r}); {hint}"
+    if entry["type"] == "missing":
+        return f"  {dotted}: missing; it has no default"
+    message = str(entry["msg"]).removeprefix("Value error, ")
+    return f"  {dotted}: {message} (value {entry['input']!r})"
+
+
+def _keys_at(location: list[str]) -> list[str]:
+    """Known keys of the section at `location`; list indices and union tags on the way are passed over."""
+    section: type[BaseModel] = Recipe
+    for part in location:
+        names = {field.alias or name: field.annotation for name, field in section.model_fields.items()}
+        inner = _section_in(names.get(part))
+        if inner is not None:
+            section = inner
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        inner = _section_in(argument)
+        if inner is not None:
+            return inner
+    return None
