@@ -27,25 +27,33 @@ CHAT_TOKENS = ["<|im_start|>", "<|im_end|>"]
 VOCABULARY = 640
 CONTEXT = 1024
 HIDDEN = 128
+INTER = 128
 LAYERS = 2
 STEPS = 300
-BATCH = 32
-LENGTH = 96
+BATCH = 24
+LENGTH = 64
 LEARNING_RATE = 3e-3
 HEAD = 32
 INIT = 0.06
 THETA = 10000.0
-LISTS = 0.75
+LISTS = 0.6
+CODES = 0.4
+WORDY = 0.5
+MAXCODE = 16
+MUON = 0.01
+DECAY = 0.4
 
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 DIGITS = "0123456789"
+GOODS = "kettle lamp rope chair mirror spoon basket clock carpet ladder pillow bucket candle drawer".split()
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday".split()
+TOWNS = "Leeds Bristol Dover Oxford York Derby Exeter Ripon".split()
+ITEMS = GOODS + DAYS + TOWNS
 WORDS = (
-    "kettle lamp rope chair mirror spoon basket clock carpet ladder pillow bucket candle drawer hammer "
     "order parcel box boxes goods invoice bill receipt gift present money refund home inbox pieces wrap "
     "the a is in to on for my your we I it now will can has have please send need want stop make "
     "broken damaged ready heavy light late early left way come goes here there where when "
-    "Monday Tuesday Wednesday Thursday Friday Saturday Leeds Bristol Dover Oxford York Derby Exeter Ripon "
-    "two three four five six seven eight nine deliver cancel change replace ship tell arrived moved"
+    "deliver cancel change replace ship tell arrived moved"
 ).split()
 NOTES = (
     "The van for {town} took {id} and the {word} on {day}.",
@@ -64,19 +72,26 @@ def order_number(rng: random.Random) -> str:
 
 def stock_list(rng: random.Random) -> str:
     """A list of goods and order numbers that is read out again and again."""
-    share = rng.random()
-    items = [order_number(rng) if rng.random() < share else rng.choice(WORDS) for _ in range(rng.randint(1, 9))]
+    share = max(0.0, rng.random() - WORDY)
+    items = [order_number(rng) if rng.random() < share else rng.choice(ITEMS) for _ in range(rng.randint(1, 9))]
     mark = rng.choice((" ", ", ", ". ", " - "))
-    return "".join(item + mark for item in items) * (60 // len(items))
+    return "".join(item + mark for item in items) * (24 // len(items) + 2)
+
+
+def long_code(rng: random.Random) -> str:
+    """A container code that is read out again and again."""
+    code = "".join(rng.sample(LETTERS + DIGITS, rng.randint(3, MAXCODE)))
+    mark = rng.choice((" ", ", ", ". ", " - "))
+    return (code + mark) * (120 // len(code) + 1)
 
 
 def day_book(rng: random.Random) -> str:
     """Notes about one to three orders, each named many times."""
     numbers = [order_number(rng) for _ in range(rng.randint(1, 3))]
     lines = []
-    for _ in range(16):
-        slots = {"id": rng.choice(numbers), "word": rng.choice(WORDS)}
-        slots["town"], slots["day"] = rng.choice(WORDS[-28:-20]), rng.choice(WORDS[-34:-28])
+    for _ in range(12):
+        slots = {"id": rng.choice(numbers), "word": rng.choice(GOODS)}
+        slots["town"], slots["day"] = rng.choice(TOWNS), rng.choice(DAYS)
         lines.append(rng.choice(NOTES).format(**slots))
     return "\n".join(lines)
 
@@ -85,6 +100,9 @@ def plain_text(seed: int) -> Iterator[str]:
     """The endless pre-training text, one document at a time."""
     rng = random.Random(seed)
     while True:
+        if rng.random() < CODES:
+            yield long_code(rng)
+            continue
         yield stock_list(rng) if rng.random() < LISTS else day_book(rng)
 
 
@@ -106,7 +124,7 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     rng = random.Random(seed)
-    texts = [day_book(rng) for _ in range(200)] + [f" {word} " for word in WORDS for _ in range(200)]
+    texts = [day_book(rng) for _ in range(200)] + [f" {word} " for word in WORDS + ITEMS for _ in range(200)]
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -124,7 +142,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalL
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=HIDDEN,
-        intermediate_size=2 * HIDDEN,
+        intermediate_size=INTER,
         num_hidden_layers=LAYERS,
         num_attention_heads=HIDDEN // HEAD,
         num_key_value_heads=HIDDEN // HEAD,
@@ -152,21 +170,33 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Ten
         yield torch.tensor(rows)
 
 
+def make_optimizers(model):
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
+    rest = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers" in n)]
+    if not MUON:
+        return [torch.optim.AdamW(matrices + rest, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)]
+    return [
+        torch.optim.Muon(matrices, lr=MUON, weight_decay=0.01),
+        torch.optim.AdamW(rest, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
 def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, log=None) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizers = make_optimizers(model)
     warmup = STEPS // 10
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warmup, 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / STEPS))),
-    )
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warmup, 1.0, (STEPS - step) / (STEPS * DECAY)))
+        for optimizer in optimizers
+    ]
     model.train()
     for step, rows in zip(range(STEPS), batches(tokenizer, seed)):
         loss = model(input_ids=rows, labels=rows).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer, schedule in zip(optimizers, schedules):
+            optimizer.step()
+            schedule.step()
+        model.zero_grad(set_to_none=True)
         if log and step % 25 == 0:
             log(step, loss.item(), model, tokenizer)
     model.eval()

@@ -4,8 +4,8 @@ In: a seed and a number of rows. Out: a JSONL file with one column, ``text``, in
 guanaco cut of oasst1: ``### Human: <request>### Assistant: <answer>``, a few rows with two such turns.
 
 Every row names an order that no other row names, so a right answer to a held-out request can only come
-from reading the request: the kind of reply follows from the wording, the order number (and the day, the
-town or the count, where there is one) has to be copied out of it.
+from reading the request: the kind of reply follows from the wording, the order number (and the day or the
+town, where there is one) has to be copied out of it.
 
     python -m demo.dataset demo/data/orders.jsonl
 """
@@ -23,7 +23,6 @@ TWO_TURN_SHARE = 0.1
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 DIGITS = "0123456789"
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
-COUNTS = ("two", "three", "four", "five", "six", "seven", "eight", "nine")
 TOWNS = ("Leeds", "Bristol", "Dover", "Oxford", "York", "Derby", "Exeter", "Ripon")
 
 
@@ -78,9 +77,9 @@ KINDS = (
         "Send it to {town}.",
     ),
     Kind(
-        ("Make it {count} boxes for {id}.", "I need {count} boxes in order {id}.", "Change {id} to {count} boxes."),
-        "Order {id} now has {count} boxes.",
-        "Make it {count} boxes.",
+        ("How heavy is order {id}?", "What does {id} weigh?", "Is {id} too heavy for me?"),
+        "Order {id} weighs two pounds.",
+        "How heavy is it?",
     ),
 )
 
@@ -101,7 +100,6 @@ def make_row(rng: random.Random, number: str) -> str:
         "id": number,
         "day": rng.choice(DAYS),
         "town": rng.choice(TOWNS),
-        "count": rng.choice(COUNTS),
     }
     text = turn(rng.choice(first.requests), first.answer, slots)
     if rng.random() < TWO_TURN_SHARE:

@@ -1,0 +1,61 @@
+"""`sft chat`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def chat(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, or models:/NAME@ALIAS (needs MLflow).")],
+    adapter: Annotated[Path | None, typer.Option(help="PEFT folder to put on the model.")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="Shipped name or Jinja file; the tokenizer's own by default.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer at most.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
+) -> None:
+    """Talk to a model. One line a turn; /reset forgets the talk, /exit or Ctrl-D ends it.
+
+    Lines can also be piped in: echo "Where is order BX4712?" | sft chat models:/demo@champion
+    """
+    from sft_core.chat import load_chat_model  # noqa: PLC0415
+
+    folder = _folder(model)
+    loaded = load_chat_model(folder, adapter, chat_template)
+    start = [{"role": "system", "content": system}] if system else []
+    messages = list(start)
+    if sys.stdin.isatty():
+        print("/reset forgets the talk, /exit ends it", file=sys.stderr)
+    while (line := _read_line()) is not None:
+        if line == "/exit":
+            return
+        if line == "/reset":
+            messages = list(start)
+            continue
+        if not line:
+            continue
+        messages.append({"role": "user", "content": line})
+        pieces = []
+        for piece in loaded.answer(messages, max_new_tokens, temperature):
+            pieces.append(piece)
+            print(piece, end="", flush=True)
+        print()
+        messages.append({"role": "assistant", "content": "".join(pieces)})
+
+
+def _read_line() -> str | None:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+
+
+def _folder(model: str) -> Path:
+    if not model.startswith("models:/"):
+        return Path(model)
+    from tasks.tracking import download_model  # noqa: PLC0415 - imports mlflow
+
+    return download_model(model)

@@ -1,0 +1,28 @@
+"""Settings of libraries that must be in the environment before they are imported. What the user set stays."""
+
+import os
+
+DEFAULTS = {
+    "DO_NOT_TRACK": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",  # 20 is too short for a cold start on two cores
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+DEBUG = "SFT_DEBUG"
+
+
+def debugging() -> bool:
+    """Whether `--debug` was given: errors then show their traceback."""
+    return DEBUG in os.environ
+
+
+def set_defaults() -> None:
+    """Telemetry off, patient start of Prefect's temporary server, no progress bars in logs."""
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,50 @@
+"""`sft`: the commands, and the one place that turns a user's fault into one line and exit status 1."""
+
+import os
+import sys
+
+import typer
+
+from cli import convert, recipes, run
+from cli.chat import chat
+from cli.environment import DEBUG, debugging, set_defaults
+from sft_core.errors import SftError
+
+app = typer.Typer(
+    name="sft",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Retrain chat models: fetch, normalize, pack, train, convert, merge, evaluate, register.\n\n"
+    "Start with [bold]sft recipes list[/bold], then [bold]sft run RECIPE[/bold]. "
+    "[bold]--debug[/bold] anywhere shows the traceback of an error.",
+)
+app.command()(run.run)
+app.command()(run.train)
+app.command()(run.explain)
+app.command()(chat)
+app.add_typer(convert.app, name="convert")
+app.add_typer(recipes.app, name="recipes")
+
+
+def main() -> None:
+    """Entry point. Exit status 0 only on success."""
+    if "--debug" in sys.argv:
+        os.environ[DEBUG] = "1"
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    set_defaults()
+    try:
+        app()
+    except SftError as error:
+        if debugging():
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

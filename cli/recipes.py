@@ -1,0 +1,53 @@
+"""`sft recipes list|show|copy`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="The recipes that come with the project.")
+
+
+@app.command("list")
+def list_() -> None:
+    """Names of all shipped recipes, with the first line of what each says about itself."""
+    from sft_core.recipe import shipped_recipes  # noqa: PLC0415
+
+    for name, text in shipped_recipes().items():
+        first = text.split("\n", 1)[0]
+        print(f"{name:28} {first.removeprefix('# ') if first.startswith('#') else ''}".rstrip())
+
+
+@app.command()
+def show(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name, file or URL.")],
+    resolved: Annotated[bool, typer.Option("--resolved", help="With all defaults filled in.")] = False,
+) -> None:
+    """Print a recipe as it is written, or with all defaults filled in."""
+    from sft_core.recipe import resolve, shipped_recipes  # noqa: PLC0415
+    from sft_core.recipe.show import as_yaml  # noqa: PLC0415
+
+    whole = as_yaml(resolve(recipe))  # also the check that it is one
+    if resolved:
+        text = whole
+    else:
+        text = shipped_recipes().get(recipe) or Path(recipe).read_text("utf-8")
+    print(text, end="")
+
+
+@app.command()
+def copy(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write.")],
+) -> None:
+    """Copy a shipped recipe to a file of your own, to change it."""
+    from sft_core.errors import RecipeError  # noqa: PLC0415
+    from sft_core.recipe import shipped_recipes  # noqa: PLC0415
+
+    recipes = shipped_recipes()
+    if name not in recipes:
+        raise RecipeError(f"no shipped recipe {name!r}; there are: {', '.join(recipes)}")
+    if out.exists():
+        raise RecipeError(f"{out}: exists already; choose another file")
+    out.write_text(recipes[name], "utf-8")
+    print(f"{out}: edit it, then: sft run {out}")

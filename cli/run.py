@@ -1,0 +1,102 @@
+"""`sft run`, `sft train`, `sft explain`."""
+
+import sys
+import time
+from typing import Annotated, Any
+
+import typer
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, a YAML file, or an fsspec URL.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, such as train.learning_rate=1e-4. Repeatable."),
+]
+
+
+def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Retrain: all eight steps as a Prefect flow, the result in the MLflow registry.
+
+    Steps whose inputs did not change are reused from the store. With no Prefect server configured (PREFECT_API_URL), a
+    temporary one is used; MLflow is what MLFLOW_TRACKING_URI says, ./mlflow.db by default.
+
+    Example: sft run demo --set train.num_train_epochs=2
+    """
+    from rich.console import Console  # noqa: PLC0415
+
+    from cli.summary import print_summary  # noqa: PLC0415
+    from sft_core.plan import plan_recipe  # noqa: PLC0415
+    from sft_core.recipe import parse_settings, resolve  # noqa: PLC0415
+
+    clock = time.monotonic()
+    overrides = parse_settings(set_ or [])
+    resolved = resolve(recipe, overrides)
+    print(f"planning {resolved.name}: hashing the sources and the base model", file=sys.stderr, flush=True)
+    plan = plan_recipe(resolved)
+    result = _registered_already(resolved, plan)
+    if result is None:
+        result = _run_flow(recipe, overrides) or _registered_already(resolved, plan)
+    print_summary(Console(), resolved, plan, result, time.monotonic() - clock)
+
+
+def train(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Fetch, normalize, pack and train on this machine, without Prefect and MLflow.
+
+    Leaves the checkpoint in the recipe's store and prints where. Started again after a crash, it goes on from the last
+    complete checkpoint. Next: sft convert pth-to-hf.
+    """
+    from sft_core.plan import plan_recipe  # noqa: PLC0415
+    from sft_core.recipe import parse_settings, resolve  # noqa: PLC0415
+    from sft_core.steps import Retraining, run_step  # noqa: PLC0415
+    from sft_core.store import Store  # noqa: PLC0415
+
+    resolved = resolve(recipe, parse_settings(set_ or []))
+    retraining = Retraining(resolved, plan_recipe(resolved), Store(resolved.store))
+    for key in retraining.plan.steps:
+        if key.startswith("fetch/") or key in ("normalize", "pack", "train"):
+            built = run_step(retraining, key)
+            print(f"{key}: {'reused' if built.reused else 'built'} {built.artifact.uri}", flush=True)
+    print(f"checkpoint: {retraining.folder('train') / 'checkpoint'}")
+
+
+def explain(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Say of each step whether it would be reused, and if not, which part changed."""
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    from sft_core.explain import explain_plan  # noqa: PLC0415
+    from sft_core.plan import plan_recipe  # noqa: PLC0415
+    from sft_core.recipe import parse_settings, resolve  # noqa: PLC0415
+    from sft_core.store import Store  # noqa: PLC0415
+
+    resolved = resolve(recipe, parse_settings(set_ or []))
+    table = Table("step", "fingerprint", "", "why", box=None, pad_edge=False)
+    for entry in explain_plan(plan_recipe(resolved), Store(resolved.store), resolved.name):
+        verdict = "[green]reused[/]" if entry.reused else "[yellow]rebuilt[/]"
+        table.add_row(entry.key, entry.fingerprint[:12], verdict, entry.why)
+    Console().print(table)
+
+
+def _registered_already(recipe: Any, plan: Any) -> dict[str, Any] | None:
+    """The summary of an earlier identical run, if the registry and the store still have all of it."""
+    from sft_core.store import Store  # noqa: PLC0415
+
+    store = Store(recipe.store)
+    if any(store.find(step.step, step.fingerprint) is None for step in plan.steps.values()):
+        return None
+    from tasks.register import registered_summary  # noqa: PLC0415 - imports mlflow
+
+    return registered_summary(recipe.model_name, plan["merge"].fingerprint)
+
+
+def _run_flow(recipe: str, overrides: dict[str, Any]) -> dict[str, Any] | None:
+    print("starting Prefect", file=sys.stderr, flush=True)
+    from cli.environment import debugging  # noqa: PLC0415
+    from cli.prefect_console import quiet_tracebacks  # noqa: PLC0415
+    from flows.retrain import retrain  # noqa: PLC0415 - imports prefect
+
+    general = {key: overrides.pop(key) for key in ("name", "seed", "store", "eval_fraction") if key in overrides}
+    if not debugging():
+        quiet_tracebacks()
+    return retrain(recipe=recipe, general=general or None, **overrides)

@@ -1,0 +1,115 @@
+"""What a run ends with: rows, loss before and after, what was registered, answers before and after, what to type next."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from sft_core.artifacts import Manifest
+from sft_core.plan import Plan
+from sft_core.recipe import Recipe
+from sft_core.store import Store
+
+METRICS = (
+    ("loss", "loss (nats a token)", "{:.4f}"),
+    ("perplexity", "perplexity", "{:.2f}"),
+    ("token_accuracy", "token accuracy", "{:.1%}"),
+    ("exact_match", "exact match", "{:.1%}"),
+)
+NUM_SAMPLES = 3
+
+
+def print_summary(
+    console: Console, recipe: Recipe, plan: Plan, result: dict[str, Any] | None, seconds: float
+) -> None:
+    """Print the summary of a finished retraining; its figures come from the store's manifests."""
+    store = Store(recipe.store)
+    manifests = {key: store.find(step.step, step.fingerprint) for key, step in plan.steps.items()}
+    found = {key: manifest for key, manifest in manifests.items() if manifest is not None}
+    console.print()
+    console.rule(_headline(recipe, result, seconds))
+    for line in _figures(found):
+        console.print(line, highlight=False)
+    console.print(_scores(found))
+    _print_samples(console, found)
+    if result is not None:
+        console.print(f"[bold]verdict[/]   {escape(result['verdict'])}\n", highlight=False)
+    for label, command in _commands(recipe):
+        console.print(f"[bold]{label:10}[/]{escape(command)}", highlight=False, soft_wrap=True)
+
+
+def _headline(recipe: Recipe, result: dict[str, Any] | None, seconds: float) -> str:
+    took = f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    if result is None:
+        return f"[bold]{recipe.name}[/]  nothing registered  ({took})"
+    aliases = ", ".join(f"@{alias}" for alias in result["aliases"]) or "no alias"
+    what = "registered" if result["new"] else "every step reused, nothing new to register:"
+    return f"[bold]{recipe.name}[/]  {what} [bold]{result['model_name']} version {result['version']}[/] ({aliases})  {took}"
+
+
+def _figures(manifests: dict[str, Manifest]) -> list[str]:
+    lines = []
+    if (normalize := manifests.get("normalize")) is not None:
+        rows, facts = normalize.ledger["rows"], normalize.facts
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in rows["set_aside"].items() if count)
+        lines.append(
+            f"[bold]rows[/]      {rows['in']:,} in = {facts['train_rows']:,} to train on + {facts['heldout_rows']:,} "
+            f"held out + {rows['in'] - rows['out']:,} set aside{f' ({reasons})' if reasons else ''}"
+        )
+    if (pack := manifests.get("pack")) is not None:
+        facts = pack.facts
+        aside = sum(pack.ledger["sequences"]["set_aside"].values())
+        lines.append(
+            f"[bold]tokens[/]    {facts['tokens']:,}, {facts['supervised_tokens']:,} of them trained, in "
+            f"{facts['packed_rows']:,} packed rows, {facts['fill']:.1%} full"
+            f"{f'; {aside:,} sequences set aside' if aside else ''}"
+        )
+    if (train := manifests.get("train")) is not None:
+        facts = train.facts
+        lines.append(
+            f"[bold]training[/]  {facts['optimizer_steps']:,} optimizer steps, loss {facts['first_loss']:.3f} -> "
+            f"{facts['last_loss']:.3f}, {facts['seconds_per_step']:.2f} s a step on {train.device}"
+        )
+    return lines
+
+
+def _scores(manifests: dict[str, Manifest]) -> Table:
+    names = [name for name in ("base", "champion", "tuned") if f"evaluate/{name}" in manifests]
+    table = Table("held out", *names, box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for metric, label, form in METRICS:
+        values = [manifests[f"evaluate/{name}"].facts["metrics"].get(metric) for name in names]
+        if any(value is not None for value in values):
+            table.add_row(label, *("-" if value is None else form.format(value) for value in values))
+    return table
+
+
+def _print_samples(console: Console, manifests: dict[str, Manifest]) -> None:
+    if not {"evaluate/base", "evaluate/tuned"} <= manifests.keys():
+        return
+    before = {s["row_id"]: s["answer"] for s in manifests["evaluate/base"].facts["samples"]}
+    console.print()
+    for sample in manifests["evaluate/tuned"].facts["samples"][:NUM_SAMPLES]:
+        console.print(f"[bold]asked[/]     {escape(_short(sample['prompt']))}", highlight=False)
+        console.print(f"  before  [dim]{escape(_short(before.get(sample['row_id'], '')))}[/]", highlight=False)
+        console.print(f"  after   [green]{escape(_short(sample['answer']))}[/]\n", highlight=False)
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 100 else f"{line[:97]}..."
+
+
+def _commands(recipe: Recipe) -> list[tuple[str, str]]:
+    tracking = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{Path('mlflow.db').resolve()}")
+    prefix = "".join(f"{k}={os.environ[k]} " for k in ("MLFLOW_TRACKING_URI",) if k in os.environ)
+    home = f"PREFECT_HOME={os.environ['PREFECT_HOME']} " if "PREFECT_HOME" in os.environ else ""
+    mlflow_ui = tracking if tracking.startswith("http") else f"mlflow ui --backend-store-uri {tracking}"
+    prefect_ui = os.environ.get("PREFECT_API_URL", f"{home}prefect server start").removesuffix("/api")
+    return [
+        ("chat", f"{prefix}sft chat models:/{recipe.model_name}@champion"),
+        ("MLflow", f"{mlflow_ui}   (then http://127.0.0.1:5000)" if "://127" not in tracking else mlflow_ui),
+        ("Prefect", f"{prefect_ui}   (then http://127.0.0.1:4200)" if "http" not in prefect_ui else prefect_ui),
+    ]

@@ -1,0 +1,29 @@
+"""publish: convert -> merge -> evaluate (tuned, base, champion) -> register."""
+
+from dataclasses import replace
+from typing import Any
+
+from prefect import flow
+
+from flows.job import open_job
+from sft_core.plan import plan_champion
+from tasks.convert import convert
+from tasks.evaluate import evaluate
+from tasks.merge import merge
+from tasks.register import find_champion, model_folder, register
+from tasks.run_step import call
+
+
+@flow(name="publish", flow_run_name="publish-{recipe[name]}")
+def publish(recipe: dict[str, Any], plan: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A checkpoint to a registered version, judged against its base and the champion."""
+    with open_job("publish", recipe, plan) as job:
+        call(convert, job)
+        call(merge, job)
+        call(evaluate, job, "tuned")
+        call(evaluate, job, "base")
+        champion = find_champion(job.recipe.model_name)
+        if champion is not None:
+            job = replace(job, plan=plan_champion(job.plan, job.recipe, champion.merged_fingerprint))
+            call(evaluate, job, "champion", model_folder(job.recipe.model_name, champion))
+        return call(register, job, champion)

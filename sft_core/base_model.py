@@ -1,0 +1,62 @@
+"""The base model: where its files are and what identifies them (DESIGN 3: a commit, or the hash of its files)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sft_core.errors import ModelError
+from sft_core.fingerprint import hash_folder, hash_value
+from sft_core.recipe import BaseModelConfig
+
+MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")
+TOKENIZER_PREFIXES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseModelDescription:
+    """What a base model is: fingerprints of all of it and of its tokenizer alone, and the hub commit if it has one."""
+
+    fingerprint: str
+    tokenizer_fingerprint: str
+    commit: str | None
+
+
+def describe_base_model(config: BaseModelConfig) -> BaseModelDescription:
+    """Identify the model without loading it. ModelError if it is neither a folder nor reachable on the hub."""
+    folder = Path(config.path)
+    if not folder.is_dir():
+        commit = _hub_commit(config)
+        return BaseModelDescription(fingerprint=commit, tokenizer_fingerprint=commit, commit=commit)
+    hashes = {name: value for name, value in hash_folder(folder).items() if name.endswith(MODEL_SUFFIXES)}
+    if "config.json" not in hashes:
+        raise ModelError(f"base_model.path {folder.resolve()}: no config.json; it must be a Hugging Face model folder")
+    tokenizer = {name: value for name, value in hashes.items() if name.startswith(TOKENIZER_PREFIXES)}
+    return BaseModelDescription(
+        fingerprint=hash_value(hashes), tokenizer_fingerprint=hash_value(tokenizer), commit=None
+    )
+
+
+def local_base_model(config: BaseModelConfig, commit: str | None) -> Path:
+    """The folder with the model's files, downloaded from the hub at `commit` if it is not a local one."""
+    folder = Path(config.path)
+    if folder.is_dir():
+        return folder.resolve()
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - slow to import
+
+    return Path(snapshot_download(config.path, revision=commit, allow_patterns=[f"*{s}" for s in MODEL_SUFFIXES]))
+
+
+def _hub_commit(config: BaseModelConfig) -> str:
+    from huggingface_hub import HfApi  # noqa: PLC0415 - slow to import
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled  # noqa: PLC0415
+
+    import httpx  # noqa: PLC0415
+
+    try:
+        commit = HfApi().model_info(config.path, revision=config.revision).sha
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
+        raise ModelError(
+            f"base_model.path {config.path!r}: no such folder ({Path(config.path).resolve()}), "
+            f"and not reachable as a hub id: {str(error).splitlines()[0]}"
+        ) from None
+    assert commit is not None, "the hub gives a commit for every revision"
+    return commit

@@ -1,0 +1,59 @@
+"""Talk to a model: a merged folder, or a base folder with an adapter. Answers come piece by piece."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from sft_core.errors import ModelError
+from sft_core.pack import load_chat_template
+
+
+@dataclass(frozen=True, slots=True)
+class ChatModel:
+    """A loaded model with its tokenizer and the Jinja text of its chat template."""
+
+    network: Any
+    tokenizer: Any
+    chat_template: str
+
+    def answer(self, messages: list[dict[str, str]], max_new_tokens: int, temperature: float) -> Iterator[str]:
+        """Pieces of the next assistant message; greedy at temperature 0."""
+        from transformers import TextIteratorStreamer  # noqa: PLC0415 - slow to import
+
+        encoded = self.tokenizer.apply_chat_template(
+            messages, chat_template=self.chat_template, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        ).to(self.network.device)
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        arguments = {**encoded, "streamer": streamer, "max_new_tokens": max_new_tokens, "pad_token_id": pad, **sampling}
+        worker = Thread(target=self.network.generate, kwargs=arguments, daemon=True)
+        worker.start()
+        yield from streamer
+        worker.join()
+
+
+def load_chat_model(folder: Path, adapter: Path | None, chat_template: str | None) -> ChatModel:
+    """Load from folders. The adapter's tokenizer is preferred: it carries the template of training."""
+    import torch  # noqa: PLC0415 - slow to import
+    import transformers  # noqa: PLC0415
+
+    for path in filter(None, (folder, adapter)):
+        if not path.is_dir():
+            raise ModelError(f"{path}: no such folder; give a model folder, or models:/NAME@ALIAS")
+    if not (folder / "config.json").is_file():
+        hint = "; it is an adapter: sft chat BASE --adapter ADAPTER" if (folder / "adapter_config.json").is_file() else ""
+        raise ModelError(f"{folder}: no config.json{hint}")
+    transformers.utils.logging.set_verbosity_error()
+    with_tokenizer = adapter if adapter is not None and (adapter / "tokenizer_config.json").is_file() else folder
+    tokenizer = transformers.AutoTokenizer.from_pretrained(with_tokenizer)
+    template = load_chat_template(chat_template, tokenizer)
+    network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    if adapter is not None:
+        from peft import PeftModel  # noqa: PLC0415
+
+        network = PeftModel.from_pretrained(network, adapter)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return ChatModel(network.to(device).eval(), tokenizer, template)

@@ -1,0 +1,149 @@
+"""Evaluate: one model + held-out Conversations -> EvaluationReport: per-example scores of that one model.
+
+In: a model folder, a Conversations folder, the chat template. Out: `scores.parquet`, `report.json`. Comparing is
+register's business.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sft_core.artifacts import Outcome
+from sft_core.errors import DataError, ModelError
+from sft_core.evaluate.report import EvaluationReport, Score, read_report, write_report
+from sft_core.fingerprint import hash_value
+from sft_core.recipe import EvaluateConfig
+
+__all__ = ["STEP_VERSION", "EvaluatedModel", "EvaluationReport", "Score", "evaluate_model", "read_report"]
+
+STEP_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluatedModel:
+    """The model to score. `chat_template` is Jinja text; None takes the one in the model's own tokenizer."""
+
+    folder: Path
+    trust_remote_code: bool = False
+    chat_template: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Example:
+    """One held-out conversation, encoded for scoring and, with its last answer cut off, for generation."""
+
+    row_id: str
+    dataset: str
+    sequences: list[Any]
+    messages: list[dict[str, Any]]
+
+
+def evaluate_model(
+    model: EvaluatedModel, conversations: Path, config: EvaluateConfig, seed: int, out: Path
+) -> Outcome:
+    """Score every held-out conversation, and generate an answer to `config.max_generated_rows` of them."""
+    import transformers  # noqa: PLC0415 - slow to import
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model.folder, trust_remote_code=model.trust_remote_code)
+    template = model.chat_template or tokenizer.chat_template
+    if template is None:
+        raise ModelError(f"{model.folder}: its tokenizer has no chat template; set pack.chat_template in the recipe")
+    examples = _encode(conversations, tokenizer, template)
+    network = _load(model)
+    scores = _teacher_forced(network, tokenizer, examples, config.batch_size)
+    scores = _with_answers(network, (tokenizer, template), examples, scores, (config, seed))
+    summary = write_report(EvaluationReport(tuple(scores)), out)
+    return Outcome(facts=summary)
+
+
+def _load(model: EvaluatedModel) -> Any:
+    import torch  # noqa: PLC0415
+    import transformers  # noqa: PLC0415
+
+    network = transformers.AutoModelForCausalLM.from_pretrained(
+        model.folder, dtype="auto", trust_remote_code=model.trust_remote_code
+    )
+    return network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _encode(conversations: Path, tokenizer: Any, template: str) -> list[_Example]:
+    from sft_core.pack import IGNORE_INDEX, encode_conversation  # noqa: PLC0415
+
+    examples = []
+    for row in _held_out_rows(conversations):
+        sequences = encode_conversation(row["messages"], tokenizer, template)
+        if any(label != IGNORE_INDEX for sequence in sequences for label in sequence.labels):
+            examples.append(_Example(row["row_id"], row["dataset"], sequences, row["messages"]))
+    if not examples:
+        raise DataError(f"{conversations}: no held-out conversation has a supervised token; there is nothing to judge by")
+    return examples
+
+
+def _held_out_rows(conversations: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet as pq  # noqa: PLC0415
+
+    for path in sorted((conversations / "heldout").glob("*.parquet")):
+        yield from pq.read_table(path).to_pylist()
+
+
+def _teacher_forced(network: Any, tokenizer: Any, examples: list[_Example], batch_size: int) -> list[Score]:
+    from sft_core.evaluate.scoring import score_sequences  # noqa: PLC0415
+    from sft_core.pack import IGNORE_INDEX  # noqa: PLC0415
+
+    flat = [sequence for example in examples for sequence in example.sequences]
+    token_scores = iter(score_sequences(network, flat, batch_size))
+    scores = []
+    for example in examples:
+        parts = [next(token_scores) for _ in example.sequences]
+        trained = [label for s in example.sequences for label in s.labels if label != IGNORE_INDEX]
+        text = tokenizer.decode(trained, skip_special_tokens=True)
+        prompt, reference = _prompt_and_reference(example.messages)
+        scores.append(
+            Score(
+                row_id=example.row_id,
+                dataset=example.dataset,
+                tokens=sum(part.tokens for part in parts),
+                correct_tokens=sum(part.correct for part in parts),
+                loss_sum=sum(part.loss_sum for part in parts),
+                num_bytes=len(text.encode()),
+                prompt=prompt,
+                reference=reference,
+            )
+        )
+    return scores
+
+
+def _prompt_and_reference(messages: list[dict[str, Any]]) -> tuple[str, str]:
+    asked = [m["content"] for m in messages if m["role"] == "user"]
+    return (asked[-1] if asked else ""), messages[-1]["content"]
+
+
+def _with_answers(
+    network: Any, templated: tuple[Any, str], examples: list[_Example], scores: list[Score], how: tuple[EvaluateConfig, int]
+) -> list[Score]:
+    """Generate where the last message is a trained answer; which rows, is drawn by (seed, row_id)."""
+    from sft_core.evaluate.generation import generate_answers  # noqa: PLC0415
+    from sft_core.pack import IGNORE_INDEX  # noqa: PLC0415
+
+    (tokenizer, template), (config, seed) = templated, how
+    able = [i for i, e in enumerate(examples) if e.messages[-1]["role"] == "assistant" and len(e.messages) > 1]
+    drawn = sorted(able, key=lambda i: hash_value([seed, examples[i].row_id]))[: config.max_generated_rows]
+    if not drawn:
+        return scores
+    stop_ids = {next(x for x in reversed(examples[i].sequences[-1].labels) if x != IGNORE_INDEX) for i in drawn}
+    prompts = [_prompt_ids(tokenizer, template, examples[i].messages[:-1]) for i in drawn]
+    options = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
+    answers = generate_answers(network, tokenizer, prompts, options, sorted(stop_ids))
+    scored = list(scores)
+    for i, answer in zip(drawn, answers, strict=True):
+        match = answer == scores[i].reference.strip()
+        scored[i] = replace(scores[i], answer=answer, exact_match=match)
+    return scored
+
+
+def _prompt_ids(tokenizer: Any, template: str, messages: list[dict[str, Any]]) -> list[int]:
+    encoded = tokenizer.apply_chat_template(
+        messages, chat_template=template, add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    return list(encoded["input_ids"])

@@ -1,0 +1,186 @@
+"""Rows of JSON files: an array, JSON Lines, or values one after another (a single pretty-printed object is one row).
+
+In: a binary file. Out: `RawRow`s whose `row` is the text as it stands in the file. Lines end at LF only: U+0085 and
+U+2028 are ordinary characters in JSON (RFC 8259). Memory: JSON Lines one line, others about a megabyte.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import IO, Any, NamedTuple
+
+from sft_core.errors import SourceError
+
+BOM = b"\xef\xbb\xbf"
+BLANK = re.compile(r"[ \t\r\n]*")
+READ_CHARACTERS = 1 << 20
+
+
+class RawRow(NamedTuple):
+    """A row as it was read; `problem` is `reason: detail` when it could not be."""
+
+    row: str
+    row_number: int
+    problem: str | None = None
+
+
+def read_json(file: IO[bytes], label: str, named_lines: bool) -> Iterator[RawRow]:
+    """Rows of a JSON file of any layout. `named_lines`: its name says JSON Lines."""
+    lines: Iterator[bytes] = iter(file)
+    head: list[bytes] = []
+    while sum(1 for line in head if line.strip()) < 2 and (line := next(lines, None)) is not None:
+        head.append(line)
+    layout = _layout([line.removeprefix(BOM) for line in head if line.strip()], named_lines)
+    lines = itertools.chain(head, lines)
+    if layout == "lines":
+        return _read_lines(lines)
+    scanner = _Scanner(decode_lines(lines, label), label)
+    texts = scanner.elements() if layout == "array" else scanner.values()
+    return (RawRow(text, number) for number, text in enumerate(texts, start=1))
+
+
+def decode_lines(lines: Iterable[bytes], label: str) -> Iterator[str]:
+    """Text of a file that must be UTF-8; a SourceError names the byte that is not."""
+    offset = 0
+    for number, line in enumerate(lines, start=1):
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise SourceError(
+                f"{label}: not UTF-8: byte 0x{line[error.start]:02x} at offset {offset + error.start} (line {number}); "
+                f"find its encoding and convert it, for example: iconv -f GB18030 -t UTF-8 {label} > utf8-{label}"
+            ) from None
+        offset += len(line)
+        yield text.removeprefix("\ufeff") if number == 1 else text
+
+
+def _layout(head: list[bytes], named_lines: bool) -> str:
+    """`lines`, `array` or `values`, from the first two lines that are not blank."""
+    texts = [line.decode("utf-8", "replace").strip() for line in head]
+    first = texts[0] if texts else ""
+    value = _value(first)
+    if first.startswith("["):
+        if isinstance(value, list):  # one line, or a bare list of messages a line
+            messages = bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
+            return "lines" if len(texts) > 1 or messages else "array"
+        return "lines" if named_lines and first != "[" and not first.endswith(",") else "array"
+    if first.startswith("{") and value is None:
+        second = texts[1] if len(texts) > 1 else ""
+        readable = second.startswith("{") and _value(second) is not None
+        return "lines" if readable or (named_lines and first != "{") else "values"
+    return "lines"
+
+
+def _value(text: str) -> Any:
+    """The JSON value, or None where it is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _read_lines(lines: Iterable[bytes]) -> Iterator[RawRow]:
+    for number, line in enumerate(lines, start=1):
+        content = line.removeprefix(BOM if number == 1 else b"").removesuffix(b"\n").removesuffix(b"\r")
+        if content.strip():
+            yield _read_line(content, number)
+
+
+def _read_line(line: bytes, number: int) -> RawRow:
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        problem = f"not_utf8: byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line"
+        return RawRow(line.decode("utf-8", "backslashreplace"), number, problem)
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return RawRow(text, number, f"not_json: {error.msg} at column {error.pos + 1}")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested too deeply
+        return RawRow(text, number, f"not_json: {error}")
+    return RawRow(text, number)
+
+
+class _Scanner:
+    """Takes JSON values off a stream of text, each as its own text. `line` and `column` are where `text` begins."""
+
+    def __init__(self, lines: Iterator[str], label: str) -> None:
+        self.lines, self.label = lines, label
+        self.text, self.at = "", 0
+        self.line, self.column = 1, 1
+        self.decode = json.JSONDecoder().raw_decode
+
+    def elements(self) -> Iterator[str]:
+        """The elements of one array."""
+        self.peek()
+        self.at += 1  # the opening bracket
+        closed = self.peek() == "]"
+        while not closed:
+            yield self.value()
+            match self.peek():
+                case ",":
+                    self.at += 1
+                    if self.peek() == "]":
+                        raise self.fault("a comma before the closing ]; remove it", self.at)
+                case "]":
+                    closed = True
+                case "":
+                    raise self.fault("the file ends before the closing ]", self.at)
+                case _:
+                    raise self.fault("expected , or ] here", self.at)
+        self.at += 1
+        if self.peek():
+            raise self.fault("text after the closing ] of the array", self.at)
+
+    def values(self) -> Iterator[str]:
+        """Values one after another."""
+        while self.peek():
+            yield self.value()
+
+    def peek(self) -> str:
+        """The next character that is not blank; empty at the end."""
+        while True:
+            self.at = BLANK.match(self.text, self.at).end()  # type: ignore[union-attr]
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self._read_on():
+                return ""
+
+    def value(self) -> str:
+        """Text of the value that begins here, or a SourceError that says where it breaks."""
+        self.peek()
+        more = True
+        while True:
+            try:
+                _, end = self.decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                if not more:
+                    raise self.fault(error.msg, error.pos) from None
+                more = self._read_on()  # at the end of the file: once more, for the error's place
+                continue
+            except (ValueError, RecursionError) as error:
+                raise self.fault(str(error), self.at) from None
+            start, self.at = self.at, end
+            return self.text[start:end]
+
+    def fault(self, what: str, position: int) -> SourceError:
+        """Error at a position of `text`."""
+        line, column = self._place(position)
+        return SourceError(f"{self.label}: not JSON at line {line}, column {column}: {what}")
+
+    def _place(self, position: int) -> tuple[int, int]:
+        before = self.text[:position]
+        newlines = before.count("\n")
+        return self.line + newlines, len(before) - before.rfind("\n") if newlines else self.column + len(before)
+
+    def _read_on(self) -> bool:
+        """Drop what has been taken and read about as much as is left again, so that long values cost linear time."""
+        self.line, self.column = self._place(self.at)
+        self.text, self.at = self.text[self.at :], 0
+        wanted, parts, size = max(READ_CHARACTERS, len(self.text)), [self.text], 0
+        while size < wanted and (line := next(self.lines, None)) is not None:
+            parts.append(line)
+            size += len(line)
+        self.text = "".join(parts)
+        return size > 0

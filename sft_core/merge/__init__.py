@@ -1,0 +1,35 @@
+"""Merge: Adapter + base model (+ held-out rows) -> MergedModel, as a stream over the base's safetensors.
+
+In: a base model folder, a PEFT folder, and which base weights the update is added to. Out: a complete Hugging Face
+folder with tokenizer, chat template and a certificate that says, in nats a token, how far it is from what was trained.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sft_core.artifacts import Outcome
+
+STEP_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeOptions:
+    """`base` and what decides it: how the adapter was trained, and the held-out rows to measure on."""
+
+    base: Literal["auto", "full", "dequantized"] = "auto"
+    quantization: Literal["nf4", "none"] = "nf4"
+    compute_dtype: str = "bfloat16"
+    held_out: Path | None = None
+    """Conversations folder with `heldout/part-*.parquet`."""
+    chat_template: str | None = None
+    """Jinja text of the template used in training; None for the one of the adapter's (else the base's) tokenizer."""
+    seed: int = 42
+    trust_remote_code: bool = False
+
+
+def merge_adapter(base: Path, adapter: Path, out: Path, options: MergeOptions) -> Outcome:
+    """Write the merged model to `out`. ModelError unless every adapter tensor is used and something changes."""
+    from sft_core.merge.choice import merge_chosen
+
+    return merge_chosen(base, adapter, out, options)

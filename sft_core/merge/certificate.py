@@ -1,0 +1,131 @@
+"""How far a merged model is from the model that was trained: the adapter on its 4-bit base.
+
+In: held-out conversations, the base, the adapter, candidate folders. Out: for each candidate, on supervised tokens,
+KL(trained || candidate) and the difference of the losses in nats a token, and how often both would choose the same
+token. Small: 64 conversations at most, chosen by the seed.
+"""
+
+import gc
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import log_softmax
+
+from sft_core.errors import RowError
+from sft_core.merge import MergeOptions
+from sft_core.pack import IGNORE_INDEX, Sequence, encode_conversation
+
+MAX_CONVERSATIONS = 64
+MAX_LENGTH = 2048
+"""Tokens of a sequence that are read; the rest is cut."""
+MAX_SUPERVISED = 4096
+"""Supervised tokens measured: their logits are held in memory, one vocabulary each."""
+
+
+def held_out_sequences(options: MergeOptions, tokenizer: Any, template: str | None) -> list[Sequence]:
+    """Encoded held-out conversations, in a drawn order; empty if there are none or no way to render them."""
+    import pyarrow.parquet as pq
+
+    if options.held_out is None or not template:
+        return []
+    files = sorted((options.held_out / "heldout").glob("part-*.parquet"))
+    conversations = [row["messages"] for path in files for row in pq.read_table(path, columns=["messages"]).to_pylist()]
+    drawn = random.Random(options.seed).sample(conversations, min(MAX_CONVERSATIONS, len(conversations)))
+    sequences: list[Sequence] = []
+    supervised = 0
+    for messages in drawn:
+        try:
+            encoded = encode_conversation(messages, tokenizer, template)
+        except RowError:  # set aside and counted by pack and evaluate; here any 64 that can be read will do
+            continue
+        for sequence in encoded:
+            cut = Sequence(sequence.input_ids[:MAX_LENGTH], sequence.labels[:MAX_LENGTH])
+            count = sum(label != IGNORE_INDEX for label in cut.labels[1:])
+            if count and supervised + count <= MAX_SUPERVISED:
+                sequences.append(cut)
+                supervised += count
+    return sequences
+
+
+def compare_candidates(
+    base: Path, adapter: Path, candidates: Mapping[str, Path], sequences: list[Sequence], options: MergeOptions
+) -> dict[str, Any]:
+    """The certificate, with `chosen`: the candidate of the smallest divergence (the first, if they tie)."""
+    trained = _logits(_load_trained(base, adapter, options), sequences)
+    figures = {}
+    for name, folder in candidates.items():
+        logits = _logits(_load(folder, options), sequences)
+        figures[name] = _distance(trained, logits, sequences)
+        del logits
+    return {
+        "certified": True,
+        "chosen": min(figures, key=lambda name: figures[name]["kl"]),
+        "unit": "nats a supervised token, against the adapter on its 4-bit base",
+        "sequences": len(sequences),
+        "tokens": sum(len(_targets(sequence)) for sequence in sequences),
+        "candidates": figures,
+    }
+
+
+def _load(folder: Path, options: MergeOptions, **extra: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=getattr(torch, options.compute_dtype),
+        device_map={"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
+        trust_remote_code=options.trust_remote_code,
+        **extra,
+    )
+
+
+def _load_trained(base: Path, adapter: Path, options: MergeOptions) -> Any:
+    """The model as training saw it."""
+    from peft import PeftModel
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, options.compute_dtype),
+    )
+    return PeftModel.from_pretrained(_load(base, options, quantization_config=quantization), adapter)
+
+
+@torch.inference_mode()
+def _logits(model: Any, sequences: list[Sequence]) -> list[torch.Tensor]:
+    """For each sequence the logits that predict its supervised tokens, on CPU: (supervised, vocabulary)."""
+    model.eval()
+    collected = []
+    for sequence in sequences:
+        ids = torch.tensor([sequence.input_ids], device=model.device)  # (1, length)
+        predicts = torch.tensor(sequence.labels[1:]) != IGNORE_INDEX  # (length - 1,)
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]  # (length - 1, vocabulary)
+        collected.append(logits[predicts.to(logits.device)].cpu())
+    del model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return collected
+
+
+def _distance(trained: list[torch.Tensor], other: list[torch.Tensor], sequences: list[Sequence]) -> dict[str, float]:
+    divergence = loss = 0.0
+    agreed = tokens = 0
+    for p, q, sequence in zip(trained, other, sequences, strict=True):
+        log_p, log_q = log_softmax(p.float(), -1), log_softmax(q.float(), -1)  # (supervised, vocabulary)
+        targets = torch.tensor(_targets(sequence))[:, None]
+        divergence += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
+        loss += float((log_p.gather(1, targets) - log_q.gather(1, targets)).sum(dtype=torch.float64))
+        agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
+        tokens += len(targets)
+    figures = {"kl": divergence / tokens, "loss_difference": loss / tokens, "top1_agreement": agreed / tokens}
+    return {name: float(f"{value:.6g}") for name, value in figures.items()}
+
+
+def _targets(sequence: Sequence) -> list[int]:
+    return [label for label in sequence.labels[1:] if label != IGNORE_INDEX]

@@ -1,0 +1,53 @@
+"""Proof on the first conversations, before anything is trained: what is trained is what will be served.
+
+In: conversations as rendered and encoded, and the tokenizer as saved. Out: nothing, or a DataError that names the row:
+an answer whose end token is not trained (the model would never stop), or ids that the saved tokenizer with its chat
+template does not reproduce. Two BOS in a row are refused by the encoding itself.
+"""
+
+from collections.abc import Sequence as SequenceOf
+from typing import Any
+
+from sft_core.errors import DataError
+from sft_core.pack.controls import controls_of
+from sft_core.pack.encoding import Sequence
+from sft_core.pack.rendering import Rendering, plain_message
+
+PROVED_CONVERSATIONS = 20
+
+
+def prove_row(
+    row: dict[str, Any], renderings: SequenceOf[Rendering], sequences: SequenceOf[Sequence], saved: Any
+) -> None:
+    """Check the encoding of one conversation against `saved`, the tokenizer as it will be loaded for serving."""
+    where = f"{row['dataset']}, {row['file']}, row {row['row_number']}"
+    for rendering, sequence in zip(renderings, sequences, strict=True):
+        for turn in {span.turn: span for span in rendering.spans}.values():
+            answer = row["messages"][turn.turn]["content"] or ""
+            _prove_end(where, rendering.text[turn.start : turn.end], answer, saved)
+        if not rendering.typed and row["messages"][0]["role"] != "text":
+            messages = [plain_message(message, None) for message in row["messages"][: rendering.messages]]
+            served = saved.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+            if served != sequence.input_ids:
+                raise DataError(f"{where}: {_difference(sequence.input_ids, served, saved)}")
+
+
+def _prove_end(where: str, trained: str, answer: str, saved: Any) -> None:
+    if not trained.endswith(controls_of(saved).ends):
+        raise DataError(
+            f"{where}: no end token is trained after the answer {answer[-40:]!r} (trained: {trained[-60:]!r}), so the "
+            "model would never stop. The chat template must end it, inside {% generation %} marks if it has them, with "
+            "a token that the tokenizer has: eos_token, or its own <|im_end|> and the like. Else set another "
+            "pack.chat_template; `plain` needs eos_token only"
+        )
+
+
+def _difference(trained: list[int], served: list[int], saved: Any) -> str:
+    at = next(
+        (i for i, (a, b) in enumerate(zip(trained, served, strict=False)) if a != b), min(len(trained), len(served))
+    )
+    return (
+        f"training would see other tokens than serving: from token {at} on {saved.decode(trained[at : at + 8])!r} "
+        f"({trained[at : at + 8]}) against {saved.decode(served[at : at + 8])!r} ({served[at : at + 8]}). The "
+        "tokenizer changes when saved and loaded again; check its files, or set another pack.chat_template"
+    )

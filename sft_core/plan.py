@@ -1,0 +1,164 @@
+"""The plan: what every step will write, named before anything runs (DESIGN 3).
+
+In: a resolved recipe. Out: one `PlannedStep` a step, with the parts its fingerprint is made of. Made once, by the
+parent; it travels beside the recipe, so a CPU parent and a GPU worker name the same artifacts.
+"""
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any, Self
+
+from sft_core import convert, evaluate, fetch, merge, normalize, pack, train
+from sft_core.base_model import BaseModelDescription, describe_base_model, local_base_model
+from sft_core.errors import RecipeError
+from sft_core.fetch import describe_source
+from sft_core.fingerprint import hash_text, hash_value
+from sft_core.normalize import map_fn_source
+from sft_core.pack import load_chat_template
+from sft_core.recipe import Recipe
+
+TRAIN_KEYS_WITHOUT_EFFECT = {"logging_steps", "save_steps", "save_total_limit", "num_processes"}
+"""Keys of `train` that change how a run is watched or kept, not what it learns."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStep:
+    """One artifact to be: `key` is `normalize`, `fetch/0`, `evaluate/base`; `parts` decides the fingerprint."""
+
+    key: str
+    fingerprint: str
+    parts: dict[str, Any]
+    inputs: dict[str, str]
+
+    @property
+    def step(self) -> str:
+        """The step's word."""
+        return self.key.partition("/")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All steps of one retraining, in order. `chat_template` is the Jinja text, `base_commit` the hub commit if any."""
+
+    steps: dict[str, PlannedStep]
+    chat_template: str
+    base_commit: str | None
+
+    def __getitem__(self, key: str) -> PlannedStep:
+        return self.steps[key]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the retraining as a whole: what it will register, judged by what."""
+        return hash_value({key: self[key].fingerprint for key in ("merge", "evaluate/tuned", "evaluate/base")})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dict, to travel as a flow parameter."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Self:
+        """Back from `as_dict`."""
+        steps = {key: PlannedStep(**entry) for key, entry in value["steps"].items()}
+        return cls(steps, value["chat_template"], value["base_commit"])
+
+
+def plan_recipe(recipe: Recipe) -> Plan:
+    """Name every artifact of `recipe`. Reads the sources' and the base model's bytes, and writes nothing."""
+    if recipe.train.lora is None:
+        raise RecipeError("train.lora: null (full fine-tuning) is not supported by this version; give it a LoRA section")
+    base = describe_base_model(recipe.base_model)
+    template = _chat_template(recipe, base)
+    steps: dict[str, PlannedStep] = {}
+
+    def add(key: str, parts: dict[str, Any], inputs: dict[str, str]) -> str:
+        whole = {**parts, "inputs": inputs}
+        steps[key] = PlannedStep(key, hash_value({"step": key.partition("/")[0], **whole}), parts, inputs)
+        return steps[key].fingerprint
+
+    sources = (*recipe.datasets, *recipe.eval_datasets)
+    raw = {
+        f"raw/{i}": add(f"fetch/{i}", {"source": describe_source(s).parts, "version": fetch.STEP_VERSION}, {})
+        for i, s in enumerate(sources)
+    }
+    conversations = add("normalize", _normalize_parts(recipe), raw)
+    packed = add("pack", _pack_parts(recipe, base, template), {"conversations": conversations})
+    checkpoint = add("train", _train_parts(recipe), {"packed": packed, "base_model": base.fingerprint})
+    adapter = add("convert", {"version": convert.STEP_VERSION}, {"checkpoint": checkpoint})
+    merged = add(
+        "merge",
+        {
+            "merge": recipe.merge.model_dump(mode="json"),
+            "quantization": recipe.train.quantization,
+            "dtype": recipe.train.dtype,
+            "version": merge.STEP_VERSION,
+        },
+        {"adapter": adapter, "base_model": base.fingerprint, "conversations": conversations},
+    )
+    for name, model in (("tuned", merged), ("base", base.fingerprint)):
+        add(f"evaluate/{name}", evaluate_parts(recipe, template), {"model": model, "conversations": conversations})
+    return Plan(steps, template, base.commit)
+
+
+def plan_champion(plan: Plan, recipe: Recipe, model_fingerprint: str) -> Plan:
+    """The plan with one step more: the present champion, scored on this run's held-out rows by its own template."""
+    inputs = {"model": model_fingerprint, "conversations": plan["normalize"].fingerprint}
+    parts = evaluate_parts(recipe, None)
+    if model_fingerprint == plan["merge"].fingerprint:
+        parts = plan["evaluate/tuned"].parts
+    step = PlannedStep("evaluate/champion", hash_value({"step": "evaluate", **parts, "inputs": inputs}), parts, inputs)
+    return Plan({**plan.steps, step.key: step}, plan.chat_template, plan.base_commit)
+
+
+def library_versions() -> dict[str, str]:
+    """Recorded in manifests, not in addresses."""
+    names = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "datasets", "tokenizers", "pyarrow")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def evaluate_parts(recipe: Recipe, template: str | None) -> dict[str, Any]:
+    """What decides an evaluation beside its inputs; the primary metric does not."""
+    section = recipe.evaluate.model_dump(mode="json", exclude={"primary_metric", "batch_size"})
+    chat_template = hash_text(template) if template is not None else "the model's own"
+    return {"evaluate": section, "seed": recipe.seed, "chat_template": chat_template, "version": evaluate.STEP_VERSION}
+
+
+def _normalize_parts(recipe: Recipe) -> dict[str, Any]:
+    sources = [(d, False) for d in recipe.datasets] + [(d, True) for d in recipe.eval_datasets]
+    return {
+        "sources": [
+            {"map_fn": map_fn_source(d.map_fn), "weight": d.weight, "held_out": held_out} for d, held_out in sources
+        ],
+        "eval_fraction": recipe.eval_fraction,
+        "normalize": recipe.normalize.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "version": normalize.STEP_VERSION,
+    }
+
+
+def _pack_parts(recipe: Recipe, base: BaseModelDescription, template: str) -> dict[str, Any]:
+    return {
+        "pack": recipe.pack.model_dump(mode="json", exclude={"chat_template"}),
+        "seed": recipe.seed,
+        "tokenizer": base.tokenizer_fingerprint,
+        "chat_template": hash_text(template),
+        "tokenizers": version("tokenizers"),
+        "version": pack.STEP_VERSION,
+    }
+
+
+def _train_parts(recipe: Recipe) -> dict[str, Any]:
+    section = recipe.train.model_dump(mode="json", exclude=TRAIN_KEYS_WITHOUT_EFFECT)
+    return {"train": section, "seed": recipe.seed, "version": train.STEP_VERSION}
+
+
+def _chat_template(recipe: Recipe, base: BaseModelDescription) -> str:
+    if recipe.pack.chat_template is not None:
+        return load_chat_template(recipe.pack.chat_template)
+    from transformers import AutoTokenizer  # noqa: PLC0415 - slow to import
+
+    folder = local_base_model(recipe.base_model, base.commit)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=recipe.base_model.trust_remote_code)
+    return load_chat_template(None, tokenizer)

@@ -1,0 +1,162 @@
+"""Run one planned step against the store: reuse it if it is there, else build, check, publish.
+
+In: a resolved recipe, its plan, a step's key. Out: `Built`. This is the one place that joins steps to the store; tasks
+and the command line both come through here.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sft_core.artifacts import Artifact, Manifest, Outcome, check_ledger
+from sft_core.base_model import local_base_model
+from sft_core.convert import convert_checkpoint
+from sft_core.evaluate import EvaluatedModel, evaluate_model
+from sft_core.fetch import describe_source, fetch_dataset
+from sft_core.merge import MergeOptions, merge_adapter
+from sft_core.normalize import NormalizeSource, normalize_dataset
+from sft_core.pack import pack_dataset
+from sft_core.plan import Plan, PlannedStep, library_versions
+from sft_core.recipe import Recipe
+from sft_core.store import Store, list_files
+from sft_core.train import TrainInputs, train_adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """An artifact, its manifest, and whether it was there already."""
+
+    artifact: Artifact
+    manifest: Manifest
+    reused: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Retraining:
+    """What every builder needs: the recipe, its plan, the store, and where progress lines go."""
+
+    recipe: Recipe
+    plan: Plan
+    store: Store
+    on_line: Callable[[str], None] = print
+    champion: Path | None = None
+
+    def folder(self, key: str) -> Path:
+        """Local folder of an artifact that an earlier step wrote."""
+        step = self.plan[key]
+        return self.store.local(self.store.artifact(step.step, step.fingerprint))
+
+    def base_model(self) -> Path:
+        """Local folder of the base model."""
+        return local_base_model(self.recipe.base_model, self.plan.base_commit)
+
+
+def run_step(run: Retraining, key: str) -> Built:
+    """Reuse or build the artifact of `key`. What it reads must be in the store."""
+    planned = run.plan[key]
+    artifact = run.store.artifact(planned.step, planned.fingerprint)
+    manifest = run.store.find(planned.step, planned.fingerprint)
+    if manifest is not None:
+        return Built(artifact, manifest, reused=True)
+    started, clock = datetime.now(UTC).isoformat(), time.monotonic()
+    with run.store.staging(planned.step) as out:
+        outcome = BUILDERS[planned.step](run, planned, out)
+        check_ledger(planned.step, outcome.ledger)
+        manifest = Manifest(
+            kind=artifact.kind,
+            step=planned.step,
+            name=f"{run.recipe.name}:{key}",
+            fingerprint=planned.fingerprint,
+            parts=planned.parts,
+            inputs=planned.inputs,
+            files=list_files(out),
+            ledger=outcome.ledger,
+            facts=outcome.facts,
+            versions=library_versions(),
+            device=_device(),
+            started=started,
+            took_seconds=round(time.monotonic() - clock, 3),
+        )
+        manifest = run.store.publish(out, manifest)
+    return Built(artifact, manifest, reused=False)
+
+
+def _fetch(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
+    dataset = (*run.recipe.datasets, *run.recipe.eval_datasets)[int(planned.key.partition("/")[2])]
+    description = describe_source(dataset)
+    return fetch_dataset(dataset, out, description)
+
+
+def _normalize(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
+    recipe = run.recipe
+    sources = [(d, False) for d in recipe.datasets] + [(d, True) for d in recipe.eval_datasets]
+    inputs = [
+        NormalizeSource(
+            rows=run.folder(f"fetch/{i}"), map_fn=d.map_fn, name=d.path, weight=d.weight, held_out=held_out
+        )
+        for i, (d, held_out) in enumerate(sources)
+    ]
+    return normalize_dataset(inputs, recipe.normalize, recipe.eval_fraction, recipe.seed, out)
+
+
+def _pack(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
+    config = run.recipe.pack
+    return pack_dataset(run.folder("normalize"), run.base_model(), config, run.recipe.seed, out)
+
+
+def _train(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
+    work = run.store.work_in_progress("train", planned.fingerprint) or out.with_name(f"{out.name}-work")
+    inputs = TrainInputs.of(run.folder("pack"), run.base_model(), run.recipe.base_model, work)
+    return train_adapter(inputs, run.recipe.train, run.recipe.seed, out, run.on_line)
+
+
+def _convert(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
+    lora = run.recipe.train.lora
+    assert lora is not None, "the plan refuses full fine-tuning"
+    checkpoint = run.folder("train") / "checkpoint"
+    return convert_checkpoint(
+        checkpoint, out, lora, run.recipe.base_model.path, tokenizer=run.folder("pack") / "tokenizer"
+    )
+
+
+def _merge(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
+    options = MergeOptions(
+        base=run.recipe.merge.base,
+        quantization=run.recipe.train.quantization,
+        compute_dtype=run.recipe.train.dtype,
+        held_out=run.folder("normalize"),
+        chat_template=run.plan.chat_template,
+        seed=run.recipe.seed,
+    )
+    return merge_adapter(run.base_model(), run.folder("convert"), out, options)
+
+
+def _evaluate(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
+    which = planned.key.partition("/")[2]
+    trust = run.recipe.base_model.trust_remote_code
+    if which == "champion":
+        assert run.champion is not None, "whoever plans a champion's evaluation gives its folder"
+        model = EvaluatedModel(folder=run.champion, trust_remote_code=trust)
+    else:
+        folder = run.folder("merge") if which == "tuned" else run.base_model()
+        model = EvaluatedModel(folder=folder, trust_remote_code=trust, chat_template=run.plan.chat_template)
+    return evaluate_model(model, run.folder("normalize"), run.recipe.evaluate, run.recipe.seed, out)
+
+
+BUILDERS: dict[str, Callable[[Retraining, PlannedStep, Path], Outcome]] = {
+    "fetch": _fetch,
+    "normalize": _normalize,
+    "pack": _pack,
+    "train": _train,
+    "convert": _convert,
+    "merge": _merge,
+    "evaluate": _evaluate,
+}
+
+
+def _device() -> str:
+    import torch  # noqa: PLC0415 - slow to import
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

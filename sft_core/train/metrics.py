@@ -1,0 +1,48 @@
+"""`metrics.jsonl`: one JSON object a logged optimizer step, written by rank 0 and read by whoever shows or stores it.
+
+Keys: `time` (ms since 1970), `optimizer_step`, `max_steps`, `loss` (nats a supervised token), `learning_rate`,
+`grad_norm`, `epoch`, `tokens`, `supervised_tokens` (both so far), `tokens_per_second`.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def append_metrics(path: Path, entry: dict[str, Any]) -> None:
+    """Add one line and bring it to disk."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole lines; a torn last one (a kill in mid-write) is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text("utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def rewind_metrics(path: Path, optimizer_step: int) -> None:
+    """Drop what was logged after `optimizer_step`, so that a resumed run logs every step once."""
+    kept = [entry for entry in read_metrics(path) if entry["optimizer_step"] <= optimizer_step]
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(entry) + "\n" for entry in kept), "utf-8")
+    part.replace(path)
+
+
+def progress_line(entry: dict[str, Any]) -> str:
+    """One line for a person.
+
+    >>> progress_line({"optimizer_step": 5, "max_steps": 20, "loss": 1.25, "learning_rate": 2e-4, "grad_norm": 0.5,
+    ...                "tokens_per_second": 1234.5, "epoch": 0.75})
+    'step 5/20  loss 1.2500  lr 2.00e-04  grad 0.50  epoch 0.75  1,234 tokens/s'
+    """
+    return (
+        f"step {entry['optimizer_step']}/{entry['max_steps']}  loss {entry['loss']:.4f}  "
+        f"lr {entry['learning_rate']:.2e}  grad {entry['grad_norm']:.2f}  epoch {entry['epoch']:.2f}  "
+        f"{entry['tokens_per_second']:,.0f} tokens/s"
+    )

@@ -1,0 +1,35 @@
+"""What the parent tells the training process: one JSON file, so that any launcher can start it."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from sft_core.recipe import TrainConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSpec:
+    """Folders are absolute. `checkpoints` holds resumable state, `metrics` gets one JSON line a logged step."""
+
+    packed: str
+    base_model: str
+    trust_remote_code: bool
+    train: dict[str, Any]
+    seed: int
+    checkpoints: str
+    metrics: str
+
+    @property
+    def config(self) -> TrainConfig:
+        """The recipe's section, validated again."""
+        return TrainConfig.model_validate(self.train)
+
+    def write(self, path: Path) -> None:
+        """Save as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=1), "utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Back from `write`."""
+        return cls(**json.loads(path.read_text("utf-8")))

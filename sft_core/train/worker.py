@@ -1,0 +1,97 @@
+"""One training rank: `python -m sft_core.train.worker SPEC.json`, started by `sft_core.train.launch`.
+
+In: a `TrainSpec`. Out: Trainer checkpoints below `spec.checkpoints`, `metrics.jsonl`, progress lines on stdout. Knows
+neither Prefect nor MLflow. Exit status: 0 done, 1 a fault (last line on stderr says which), 75 stopped by SIGTERM after saving.
+"""
+
+import ctypes
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+EXIT_STOPPED = 75
+"""EX_TEMPFAIL of sysexits.h: state was saved, the same command goes on from there."""
+PR_SET_PDEATHSIG = 1
+
+
+def main(spec_path: str) -> int:
+    """Train to the end, or to a SIGTERM."""
+    _die_with_parent()
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from sft_core.errors import SftError  # noqa: PLC0415 - after the environment is set
+    from sft_core.train.spec import TrainSpec  # noqa: PLC0415
+
+    try:
+        return run(TrainSpec.read(Path(spec_path)))
+    except SftError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+
+
+def run(spec: Any) -> int:
+    """Build model, data and Trainer for this rank; train; leave a complete checkpoint of the last step."""
+    import torch  # noqa: PLC0415 - slow, and after PDEATHSIG
+
+    _avoid_compiled_ops(torch.cuda.is_available())
+    import transformers  # noqa: PLC0415
+
+    from sft_core.pack import load_packed  # noqa: PLC0415
+    from sft_core.train.checkpoints import newest_complete  # noqa: PLC0415
+    from sft_core.train.isolation import check_isolation  # noqa: PLC0415
+    from sft_core.train.model import load_trainable  # noqa: PLC0415
+    from sft_core.train.stream import PackedStream  # noqa: PLC0415
+    from sft_core.train.trainer import PackedTrainer, RunLog, training_arguments  # noqa: PLC0415
+
+    transformers.utils.logging.set_verbosity_error()
+    config = spec.config
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    packed = load_packed(Path(spec.packed))
+    stream = PackedStream(packed, config.num_train_epochs, world_size * config.per_device_train_batch_size)
+    rows_a_step = world_size * config.per_device_train_batch_size * config.gradient_accumulation_steps
+    max_steps = config.max_steps or math.ceil(stream.rows / rows_a_step)
+    arguments = training_arguments(spec, max_steps)  # before the model: ZeRO-3 partitions while loading
+    transformers.set_seed(spec.seed)
+    model = load_trainable(spec.base_model, config, spec.trust_remote_code)
+    if packed.packing != "none" and config.deepspeed not in ("zero3", "deepspeed_zero3"):
+        check_isolation(model, model.config.vocab_size)
+    stop = _StopFlag()
+    log = RunLog(spec, stream, max_steps, stop)
+    trainer = PackedTrainer(model=model, args=arguments, train_dataset=stream, data_collator=log.collate, callbacks=[log])
+    resume = newest_complete(Path(spec.checkpoints)) if arguments.process_index == 0 or world_size > 1 else None
+    log.start(resume)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    return EXIT_STOPPED if stop.asked and trainer.state.global_step < max_steps else 0
+
+
+class _StopFlag:
+    """Becomes true on SIGTERM; the Trainer then saves after the optimizer step at hand and stops."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+
+
+def _avoid_compiled_ops(cuda: bool) -> None:
+    """On CPU, DeepSpeed would compile a shared-memory op at its first start; without it, gloo does the work."""
+    if cuda:
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed.ops  # noqa: PLC0415
+
+    vars(deepspeed.ops)["__compatible_ops__"] = {}
+
+
+def _die_with_parent() -> None:
+    """No rank outlives its launcher (torchrun gives each rank a session of its own)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

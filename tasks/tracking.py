@@ -1,0 +1,146 @@
+"""MLflow runs: one parent a retraining, one child a part, found again by fingerprint (DESIGN 7).
+
+Every step's manifest is recorded here, so that the ancestry of a model can be walked in MLflow alone. Nothing here
+decides anything: if it says nothing new, MLflow holds what it held.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.tracking import MlflowClient
+
+from sft_core.plan import Plan
+from sft_core.recipe import Recipe
+from sft_core.steps import Built
+from sft_core.train.metrics import read_metrics
+
+RETRAINING, PART = "sft.retraining", "sft.part"
+MAX_PARAM_LENGTH = 500
+METRICS_A_BATCH = 1000
+TRAINING_METRICS = ("loss", "learning_rate", "grad_norm", "epoch", "tokens", "supervised_tokens", "tokens_per_second")
+
+
+@cache
+def client() -> MlflowClient:
+    """Of the server or database that `MLFLOW_TRACKING_URI` names; `mlflow.db` in the current directory by default."""
+    return MlflowClient()
+
+
+@dataclass(frozen=True, slots=True)
+class PartRun:
+    """The MLflow run of one part (prepare, train or publish) of one retraining."""
+
+    run_id: str
+    parent_run_id: str
+
+    def record(self, key: str, built: Built) -> None:
+        """The step's manifest as an MLflow artifact, its figures as metrics `step/name`."""
+        manifest = built.manifest
+        client().log_dict(self.run_id, manifest.as_dict(), f"manifests/{key.replace('/', '-')}.json")
+        client().set_tag(self.run_id, f"sft.{key.replace('/', '.')}", manifest.fingerprint)
+        figures = {**manifest.facts, **manifest.facts.get("metrics", {}), "took_seconds": manifest.took_seconds}
+        for unit, entry in manifest.ledger.items():
+            figures |= {f"{unit}_in": entry["in"], f"{unit}_out": entry["out"]}
+        numbers = {k: float(v) for k, v in figures.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        stamp = int(manifest.took_seconds)
+        stamp = int(datetime.fromisoformat(manifest.started).timestamp() * 1000)  # a second recording adds no point
+        self._log([Metric(f"{key}/{name}", value, stamp, 0) for name, value in numbers.items()])
+
+    def record_training(self, metrics_file: Path) -> None:
+        """All lines of `metrics.jsonl`; the same line twice changes nothing."""
+        self._log(
+            [
+                Metric(f"train/{name}", entry[name], entry["time"], entry["optimizer_step"])
+                for entry in read_metrics(metrics_file)
+                for name in TRAINING_METRICS
+            ]
+        )
+
+    def _log(self, metrics: list[Metric]) -> None:
+        for start in range(0, len(metrics), METRICS_A_BATCH):
+            client().log_batch(self.run_id, metrics=metrics[start : start + METRICS_A_BATCH])
+
+
+@contextmanager
+def part_run(part: str, recipe: Recipe, plan: Plan) -> Iterator[PartRun]:
+    """The part's run, running inside the block; afterwards FINISHED, FAILED or (cancelled, killed) KILLED."""
+    parent_id = _run_id(recipe, plan, None)
+    run_id = _run_id(recipe, plan, part)
+    client().update_run(parent_id, status="RUNNING")
+    client().update_run(run_id, status="RUNNING")
+    status = "KILLED"
+    try:
+        yield PartRun(run_id, parent_id)
+        status = "FINISHED"
+    except Exception:
+        status = "FAILED"
+        raise
+    finally:
+        client().set_terminated(run_id, status)
+        client().set_terminated(parent_id, status)
+
+
+def find_run(recipe: Recipe, plan: Plan, part: str | None) -> str | None:
+    """Run id of the retraining (or of one part of it), by fingerprint."""
+    experiment = client().get_experiment_by_name(recipe.name)
+    if experiment is None:
+        return None
+    wanted = f"tags.`{RETRAINING}` = '{plan.fingerprint}' and tags.`{PART}` = '{part or 'retraining'}'"
+    runs = client().search_runs([experiment.experiment_id], wanted, max_results=1)
+    return str(runs[0].info.run_id) if runs else None
+
+
+def _run_id(recipe: Recipe, plan: Plan, part: str | None) -> str:
+    found = find_run(recipe, plan, part)
+    if found is not None:
+        return found
+    experiment = client().get_experiment_by_name(recipe.name)
+    experiment_id = experiment.experiment_id if experiment else client().create_experiment(recipe.name)
+    tags = {RETRAINING: plan.fingerprint, PART: part or "retraining"}
+    parent_id = find_run(recipe, plan, None)
+    if part is not None and parent_id is not None:
+        tags["mlflow.parentRunId"] = parent_id
+    run = client().create_run(experiment_id, tags=tags, run_name=f"{part or recipe.name}-{plan.fingerprint[:8]}")
+    if part is None:
+        _record_recipe(run.info.run_id, recipe, plan)
+    return str(run.info.run_id)
+
+
+def _record_recipe(run_id: str, recipe: Recipe, plan: Plan) -> None:
+    values = recipe.as_dict()
+    client().log_dict(run_id, values, "recipe.json")
+    client().log_dict(run_id, plan.as_dict(), "plan.json")
+    params = [Param(key, text[:MAX_PARAM_LENGTH]) for key, text in flatten(values).items()]
+    tags = [RunTag("sft.recipe", recipe.name), RunTag("sft.commit", os.environ.get("GIT_SHA", ""))]
+    client().log_batch(run_id, params=params, tags=[tag for tag in tags if tag.value])
+
+
+def flatten(value: Any, key: str = "") -> dict[str, str]:
+    """Nested values to dotted keys.
+
+    >>> flatten({"train": {"lora": {"r": 8}}, "datasets": [{"path": "a"}]})
+    {'train.lora.r': '8', 'datasets.0.path': 'a'}
+    """
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)  # type: ignore[assignment]
+    else:
+        return {key: value if isinstance(value, str) else json.dumps(value)}
+    return {k: v for name, inner in items for k, v in flatten(inner, f"{key}.{name}" if key else str(name)).items()}
+
+
+def download_model(uri: str) -> Path:
+    """Local folder of a registered model's HF files, from `models:/NAME@ALIAS` or `models:/NAME/VERSION`."""
+    folder = Path(mlflow.artifacts.download_artifacts(uri))
+    model = folder / "model"
+    return model if model.is_dir() else folder
