@@ -4,8 +4,8 @@ In: a seed and a number of rows. Out: a JSONL file with one column, ``text``, in
 guanaco cut of oasst1: ``### Human: <request>### Assistant: <answer>``, a few rows with two such turns.
 
 Every row names an order that no other row names, so a right answer to a held-out request can only come
-from reading the request: the kind of reply follows from the wording, the order number (and the day or the
-town, where there is one) has to be copied out of it.
+from reading the request: the kind of reply follows from the wording, the order number has to be copied
+out of it. A second turn says "it", so there the number comes from the turn before.
 
     python -m demo.dataset demo/data/orders.jsonl
 """
@@ -19,11 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROWS = 480
-TWO_TURN_SHARE = 0.1
+TWO_TURN_SHARE = 0.15
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 DIGITS = "0123456789"
-DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
-TOWNS = ("Leeds", "Bristol", "Dover", "Oxford", "York", "Derby", "Exeter", "Ripon")
 
 
 @dataclass(frozen=True)
@@ -67,14 +65,14 @@ KINDS = (
         "Please wrap it as a gift.",
     ),
     Kind(
-        ("Deliver order {id} on {day}.", "Can {id} come on {day}?", "I am only at home on {day} for {id}."),
-        "Order {id} will come on {day}.",
-        "Deliver it on {day}.",
+        ("Deliver order {id} on another day.", "I am not at home for {id}.", "Can {id} come a day later?"),
+        "Pick a new day for order {id}.",
+        "Deliver it on another day.",
     ),
     Kind(
-        ("Send order {id} to {town}.", "I have moved to {town}, order {id}.", "Ship {id} to {town} instead."),
-        "Order {id} now goes to {town}.",
-        "Send it to {town}.",
+        ("Send order {id} to my new home.", "I have moved, change {id}.", "Please ship {id} to my office."),
+        "Tell us the new address for {id}.",
+        "Send it to my new home.",
     ),
     Kind(
         ("How heavy is order {id}?", "What does {id} weigh?", "Is {id} too heavy for me?"),
@@ -89,21 +87,16 @@ def order_number(rng: random.Random) -> str:
     return "".join(rng.sample(LETTERS, 2)) + "".join(rng.sample(DIGITS, 4))
 
 
-def turn(request: str, answer: str, slots: dict[str, str]) -> str:
-    return f"### Human: {request.format(**slots)}### Assistant: {answer.format(**slots)}"
+def turn(request: str, answer: str, number: str) -> str:
+    return f"### Human: {request.format(id=number)}### Assistant: {answer.format(id=number)}"
 
 
 def make_row(rng: random.Random, number: str) -> str:
     """The text of one row about the order ``number``."""
     first, second = rng.sample(KINDS, 2)
-    slots = {
-        "id": number,
-        "day": rng.choice(DAYS),
-        "town": rng.choice(TOWNS),
-    }
-    text = turn(rng.choice(first.requests), first.answer, slots)
+    text = turn(rng.choice(first.requests), first.answer, number)
     if rng.random() < TWO_TURN_SHARE:
-        text += turn(second.follow_up, second.answer, slots)
+        text += turn(second.follow_up, second.answer, number)
     return text
 
 

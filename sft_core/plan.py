@@ -122,7 +122,13 @@ def evaluate_parts(recipe: Recipe, template: str | None) -> dict[str, Any]:
     """What decides an evaluation beside its inputs; the primary metric does not."""
     section = recipe.evaluate.model_dump(mode="json", exclude={"primary_metric", "batch_size"})
     chat_template = hash_text(template) if template is not None else "the model's own"
-    return {"evaluate": section, "seed": recipe.seed, "chat_template": chat_template, "version": evaluate.STEP_VERSION}
+    return {
+        "evaluate": section,
+        "max_length": recipe.pack.max_length,
+        "seed": recipe.seed,
+        "chat_template": chat_template,
+        "version": evaluate.STEP_VERSION,
+    }
 
 
 def _normalize_parts(recipe: Recipe) -> dict[str, Any]:

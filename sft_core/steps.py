@@ -13,6 +13,7 @@ from pathlib import Path
 from sft_core.artifacts import Artifact, Manifest, Outcome, check_ledger
 from sft_core.base_model import local_base_model
 from sft_core.convert import convert_checkpoint
+from sft_core.errors import SourceError
 from sft_core.evaluate import EvaluatedModel, evaluate_model
 from sft_core.fetch import describe_source, fetch_dataset
 from sft_core.merge import MergeOptions, merge_adapter
@@ -86,6 +87,8 @@ def run_step(run: Retraining, key: str) -> Built:
 def _fetch(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
     dataset = (*run.recipe.datasets, *run.recipe.eval_datasets)[int(planned.key.partition("/")[2])]
     description = describe_source(dataset)
+    if description.parts != planned.parts["source"]:
+        raise SourceError(f"{dataset.path}: changed since this run was planned; start it again")
     return fetch_dataset(dataset, out, description)
 
 
@@ -135,13 +138,18 @@ def _merge(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
 
 def _evaluate(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
     which = planned.key.partition("/")[2]
-    trust = run.recipe.base_model.trust_remote_code
     if which == "champion":
         assert run.champion is not None, "whoever plans a champion's evaluation gives its folder"
-        model = EvaluatedModel(folder=run.champion, trust_remote_code=trust)
+        folder, template = run.champion, None
     else:
         folder = run.folder("merge") if which == "tuned" else run.base_model()
-        model = EvaluatedModel(folder=folder, trust_remote_code=trust, chat_template=run.plan.chat_template)
+        template = run.plan.chat_template
+    model = EvaluatedModel(
+        folder=folder,
+        max_length=run.recipe.pack.max_length,
+        trust_remote_code=run.recipe.base_model.trust_remote_code,
+        chat_template=template,
+    )
     return evaluate_model(model, run.folder("normalize"), run.recipe.evaluate, run.recipe.seed, out)
 
 

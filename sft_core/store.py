@@ -17,7 +17,7 @@ import fsspec
 
 from sft_core.artifacts import KIND_OF_STEP, MANIFEST, Artifact, Manifest, StoredFile
 from sft_core.errors import StoreError
-from sft_core.fingerprint import hash_file
+from sft_core.fingerprint import hash_file, hash_text
 
 WORK_IN_PROGRESS = "checkpoints"
 """Folder inside a train artifact's address that holds resumable state and is no part of the artifact."""
@@ -139,10 +139,10 @@ class Store:
         return folder
 
     def _download(self, manifest: Manifest) -> Path:
-        cache = Path(tempfile.gettempdir()) / "sft-store-cache" / manifest.step / manifest.fingerprint
+        cache = Path(tempfile.gettempdir()) / "sft-store-cache" / hash_text(self.url)[:16] / manifest.fingerprint
         for name, entry in manifest.files.items():
             target = cache / name
-            if target.is_file() and target.stat().st_size == entry.size:
+            if target.is_file() and hash_file(target) == entry.sha256:
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             part = target.with_name(f"{target.name}.{uuid.uuid4().hex}")

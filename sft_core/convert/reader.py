@@ -17,6 +17,7 @@ from sft_core.errors import ModelError
 
 TORN = (
     RuntimeError,
+    OSError,
     EOFError,
     ValueError,
     TypeError,
@@ -26,6 +27,7 @@ TORN = (
     AssertionError,
     struct.error,
 )
+"""What torch.load raises on cut or scrambled files."""
 
 
 class Inert:

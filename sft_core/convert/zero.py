@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO folders to whole fp32 tensors. Source: deepspeed's `stage_1_and_2.py` and `stage3.py`, which write them.
+"""DeepSpeed ZeRO folders to whole fp32 tensors. Source: deepspeed's `stage_1_and_2.py`, `stage3.py`, its writers.
 
 In: one folder with a model_states file and one optim_states file a rank. Out: the fp32 master weights by parameter
 name. ZeRO-1/2: each rank holds a slice of every parameter group's flat vector. ZeRO-3: each rank holds

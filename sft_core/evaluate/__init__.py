@@ -22,9 +22,13 @@ STEP_VERSION = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluatedModel:
-    """The model to score. `chat_template` is Jinja text; None takes the one in the model's own tokenizer."""
+    """The model to score. `chat_template` is Jinja text; None takes the one in the model's own tokenizer.
+
+    Conversations of more than `max_length` tokens are set aside, as they were in training.
+    """
 
     folder: Path
+    max_length: int
     trust_remote_code: bool = False
     chat_template: str | None = None
 
@@ -49,12 +53,12 @@ def evaluate_model(
     template = model.chat_template or tokenizer.chat_template
     if template is None:
         raise ModelError(f"{model.folder}: its tokenizer has no chat template; set pack.chat_template in the recipe")
-    examples = _encode(conversations, tokenizer, template)
+    examples, ledger = _encode(conversations, tokenizer, template, model.max_length)
     network = _load(model)
     scores = _teacher_forced(network, tokenizer, examples, config.batch_size)
     scores = _with_answers(network, (tokenizer, template), examples, scores, (config, seed))
     summary = write_report(EvaluationReport(tuple(scores)), out)
-    return Outcome(facts=summary)
+    return Outcome(ledger={"rows": ledger}, facts=summary)
 
 
 def _load(model: EvaluatedModel) -> Any:
@@ -67,17 +71,26 @@ def _load(model: EvaluatedModel) -> Any:
     return network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def _encode(conversations: Path, tokenizer: Any, template: str) -> list[_Example]:
+def _encode(
+    conversations: Path, tokenizer: Any, template: str, max_length: int
+) -> tuple[list[_Example], dict[str, Any]]:
     from sft_core.pack import IGNORE_INDEX, encode_conversation  # noqa: PLC0415
 
-    examples = []
-    for row in _held_out_rows(conversations):
+    examples, rows_in, set_aside = [], 0, {"overlong": 0, "nothing_trained": 0}
+    for rows_in, row in enumerate(_held_out_rows(conversations), start=1):  # noqa: B007
         sequences = encode_conversation(row["messages"], tokenizer, template)
-        if any(label != IGNORE_INDEX for sequence in sequences for label in sequence.labels):
+        if max((len(sequence.input_ids) for sequence in sequences), default=0) > max_length:
+            set_aside["overlong"] += 1
+        elif all(label == IGNORE_INDEX for sequence in sequences for label in sequence.labels):
+            set_aside["nothing_trained"] += 1
+        else:
             examples.append(_Example(row["row_id"], row["dataset"], sequences, row["messages"]))
     if not examples:
-        raise DataError(f"{conversations}: no held-out conversation has a supervised token; there is nothing to judge by")
-    return examples
+        raise DataError(
+            f"{conversations}: of {rows_in} held-out conversations none can be scored ({set_aside}); "
+            f"raise pack.max_length ({max_length}) or eval_fraction"
+        )
+    return examples, {"in": rows_in, "out": len(examples), "set_aside": set_aside}
 
 
 def _held_out_rows(conversations: Path) -> Iterator[dict[str, Any]]:

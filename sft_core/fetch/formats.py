@@ -42,7 +42,7 @@ def detect_format(head: bytes, label: str) -> str:
     if head.startswith(b"version https://git-lfs"):
         raise SourceError(f"{label}: a Git LFS pointer, not the data; run `git lfs pull` where it lies")
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise SourceError(f"{label}: UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8 {label} > utf8-{label}")
+        raise SourceError(f"{label}: UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8 {label} > NEW_FILE")
     if head.startswith(b"PAR1"):
         return "parquet"
     if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):  # file and stream layout

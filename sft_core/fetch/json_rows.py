@@ -49,7 +49,7 @@ def decode_lines(lines: Iterable[bytes], label: str) -> Iterator[str]:
         except UnicodeDecodeError as error:
             raise SourceError(
                 f"{label}: not UTF-8: byte 0x{line[error.start]:02x} at offset {offset + error.start} (line {number}); "
-                f"find its encoding and convert it, for example: iconv -f GB18030 -t UTF-8 {label} > utf8-{label}"
+                f"find its encoding and convert it, for example: iconv -f GB18030 -t UTF-8 {label} > NEW_FILE"
             ) from None
         offset += len(line)
         yield text.removeprefix("\ufeff") if number == 1 else text

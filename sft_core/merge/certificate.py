@@ -7,7 +7,7 @@ token. Small: 64 conversations at most, chosen by the seed.
 
 import gc
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ MAX_LENGTH = 2048
 """Tokens of a sequence that are read; the rest is cut."""
 MAX_SUPERVISED = 4096
 """Supervised tokens measured: their logits are held in memory, one vocabulary each."""
+BATCH_TOKENS = 4096
+"""Tokens, padding included, that go through a model at a time."""
 
 
 def held_out_sequences(options: MergeOptions, tokenizer: Any, template: str | None) -> list[Sequence]:
@@ -73,17 +75,23 @@ def compare_candidates(
 def _load(folder: Path, options: MergeOptions, **extra: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=getattr(torch, options.compute_dtype),
         device_map={"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
         trust_remote_code=options.trust_remote_code,
         **extra,
     )
+    return model.eval()
 
 
 def _load_trained(base: Path, adapter: Path, options: MergeOptions) -> Any:
-    """The model as training saw it."""
+    """The model as training computed it: with its 4-bit layers in training mode.
+
+    In evaluation mode on CPU bitsandbytes repacks them, with scales rounded to bfloat16, and fails on rows that are no
+    multiple of 64. These layers have no dropout, so the mode changes nothing else.
+    """
+    import bitsandbytes as bnb
     from peft import PeftModel
     from transformers import BitsAndBytesConfig
 
@@ -93,24 +101,47 @@ def _load_trained(base: Path, adapter: Path, options: MergeOptions) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, options.compute_dtype),
     )
-    return PeftModel.from_pretrained(_load(base, options, quantization_config=quantization), adapter)
+    model = PeftModel.from_pretrained(_load(base, options, quantization_config=quantization), adapter).eval()
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.train()
+    return model
 
 
 @torch.inference_mode()
 def _logits(model: Any, sequences: list[Sequence]) -> list[torch.Tensor]:
     """For each sequence the logits that predict its supervised tokens, on CPU: (supervised, vocabulary)."""
-    model.eval()
     collected = []
-    for sequence in sequences:
-        ids = torch.tensor([sequence.input_ids], device=model.device)  # (1, length)
-        predicts = torch.tensor(sequence.labels[1:]) != IGNORE_INDEX  # (length - 1,)
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]  # (length - 1, vocabulary)
-        collected.append(logits[predicts.to(logits.device)].cpu())
+    for batch in _batches(sequences):
+        length = max(len(sequence.input_ids) for sequence in batch)
+        ids = torch.zeros((len(batch), length), dtype=torch.long)  # (batch, length), padded on the right
+        mask = torch.zeros_like(ids)
+        for row, sequence in enumerate(batch):
+            ids[row, : len(sequence.input_ids)] = torch.tensor(sequence.input_ids)
+            mask[row, : len(sequence.input_ids)] = 1
+        device = model.device
+        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+        for row, sequence in enumerate(batch):
+            predicts = torch.tensor(sequence.labels[1:]) != IGNORE_INDEX
+            collected.append(logits[row, : len(predicts)][predicts.to(device)].cpu())
     del model
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return collected
+
+
+def _batches(sequences: list[Sequence]) -> Iterator[list[Sequence]]:
+    """Neighbours together, as long as a padded batch stays within BATCH_TOKENS."""
+    batch: list[Sequence] = []
+    for sequence in sequences:
+        length = max(len(member.input_ids) for member in [*batch, sequence])
+        if batch and length * (len(batch) + 1) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(sequence)
+    if batch:
+        yield batch
 
 
 def _distance(trained: list[torch.Tensor], other: list[torch.Tensor], sequences: list[Sequence]) -> dict[str, float]:

@@ -21,7 +21,7 @@ from sft_core.merge.weights import MergeCount, WeightMerger, merge_weights
 BaseWeights = Literal["full", "dequantized"]
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 UNQUANTIZED = "the base was not quantised in training: the sum is what was trained, rounded once"
-NO_ROWS = "no held-out rows to measure on: the weights that training saw were taken"
+NO_ROWS = "no held-out rows (or no chat template) to measure with: the weights that training saw were taken"
 AS_TOLD = "merge.base says so; the other weights were not tried"
 
 
@@ -65,7 +65,8 @@ def _measured(
     from sft_core.merge.certificate import compare_candidates, held_out_sequences
 
     tokenizer = load_tokenizer(out, options)
-    sequences = held_out_sequences(options, tokenizer, tokenizer.chat_template)
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    sequences = held_out_sequences(options, tokenizer, template)
     if not sequences:
         return _as_told(base, adapter, out, options, "dequantized", NO_ROWS)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:

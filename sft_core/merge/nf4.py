@@ -27,7 +27,10 @@ def quantized_weights(base: Path, trust_remote_code: bool) -> frozenset[str]:
     model = replace_with_bnb_linear(
         model, modules_to_not_convert=skip, quantization_config=BitsAndBytesConfig(load_in_4bit=True)
     )
-    names = frozenset(f"{n}.weight" for n, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit))
+    quantized = {n: module for n, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    if any(module.source_cls is not torch.nn.Linear for module in quantized.values()):
+        raise ModelError(f"base {base}: has Conv1D layers (GPT-2), whose 4-bit form is not read; set merge.base: full")
+    names = frozenset(f"{name}.weight" for name in quantized)
     if not names:
         raise ModelError(f"base {base}: transformers quantises none of its layers; set merge.base: full")
     return names

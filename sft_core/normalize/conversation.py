@@ -1,6 +1,6 @@
 """What a map_fn returns, turned into messages: the shape that the store holds and every later step reads.
 
-In: {"conversation": [{"system"?, "input"?, "output", "output_with_loss"?}, ...]}, or {"messages": [...]}, or {"text": ...}.
+In: {"conversation": [{"system"?, "input"?, "output", "output_with_loss"?}, ...]}, {"messages": [...]} or {"text": ...}.
 Out: [{"role", "content", "weight"}, ...]; weight is 1 (trained) or 0 on assistant messages, null on all others.
 Plain text is one message of the role `text`, weight 1. RowError for anything else.
 """
@@ -76,9 +76,9 @@ def _from_turns(turns: object) -> list[Message]:
             messages.append(_message("system", system, None))
         messages.append(_message("user", request, None))
         weight = turn.get("output_with_loss")
-        if weight is not None and not isinstance(weight, bool):
+        if weight not in (None, True, False):
             raise RowError("bad_conversation", f"{where}.output_with_loss is {short(weight)}, not true or false")
-        messages.append(_message("assistant", _output(turn, where), 0 if weight is False else 1))
+        messages.append(_message("assistant", _output(turn, where), 1 if weight is None else int(weight)))
     return messages
 
 

@@ -7,6 +7,7 @@ file, `globals()`) cannot be seen here.
 """
 
 import ast
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,24 +29,23 @@ def map_fn_source(name: str) -> dict[str, Any]:
     where, function = split_name(name)
     if where.endswith(".py"):
         path = Path(where).resolve()
-        root, dotted = path.parent, path.stem
         if not path.is_file():
             raise missing_file(Path(where), name)
+        project = _Project(path.parent, own=path.stem, path=path)
     else:
-        root, dotted = find_root(where, name), where
-    project = _Project(root, own=dotted)
-    if function not in project.module(dotted).known():
-        known = list(project.module(dotted).definitions)
+        root = find_root(where, name)
+        project = _Project(root, own=where, path=module_file(root, where))
+    own = project.module(project.own)
+    if function not in own.known() and not own.stars:
+        known = list(own.definitions)
         raise RecipeError(f"map_fn {name!r}: {where} has no function {function!r}{nearest(function, known)}")
-    project.collect(dotted, function)
+    project.follow(project.own, (function,))
     return {"function": function, "code": dict(sorted(project.code.items()))}
 
 
 def find_root(dotted: str, name: str) -> Path:
-    """The folder from which a module is imported: the current one, else the first on `sys.path` that has it."""
-    import sys  # here: read at call time, the path grows
-
-    for folder in [Path.cwd(), *map(Path, sys.path)]:
+    """The folder from which a module is imported: the first on `sys.path` that has it, else the current one."""
+    for folder in [*map(Path, sys.path), Path.cwd()]:
         if module_file(folder, dotted):
             return folder.resolve()
     raise RecipeError(f"map_fn {name!r}: no Python source of {dotted!r} here or on sys.path")
@@ -72,8 +72,8 @@ class _Module:
 class _Project:
     """Walks from one function to everything it uses among the modules below `root`."""
 
-    def __init__(self, root: Path, own: str) -> None:
-        self.root, self.own = root, own
+    def __init__(self, root: Path, own: str, path: Path | None) -> None:
+        self.root, self.own, self.path = root, own, path
         installed = {"site-packages", "dist-packages"} & set(root.parts)
         self.top = own.partition(".")[0] if installed else None  # of an installed package, only its own modules
         self.code: dict[str, str] = {}
@@ -82,7 +82,7 @@ class _Project:
     def module(self, dotted: str) -> _Module:
         """A module of the project, read once."""
         if dotted not in self._modules:
-            path = module_file(self.root, dotted)
+            path = self.path if dotted == self.own else module_file(self.root, dotted)
             assert path is not None, f"{dotted} was found before"
             try:
                 tree = ast.parse(path.read_bytes())
@@ -102,27 +102,24 @@ class _Project:
         module = self.module(dotted)
         if key in self.code:
             return
-        if name in module.definitions:
-            nodes = module.definitions[name]
-            self.code[key] = hash_text("\n".join(syntax(node) for node in nodes))
-            for node in nodes:
-                for chain in chains(node):
-                    self._follow(dotted, chain)
-        elif name in module.imports:
-            self.code[key] = hash_text(module.imports[name])  # another thing under the same name is a change
+        nodes = module.definitions.get(name, [])
+        imported = module.imports.get(name, "")  # another thing under the same name is a change
+        self.code[key] = hash_text("\n".join([imported, *map(syntax, nodes)]))
+        for node in nodes:
+            for chain in chains(node):
+                self.follow(dotted, chain)
 
-    def _follow(self, dotted: str, chain: tuple[str, ...]) -> None:
+    def follow(self, dotted: str, chain: tuple[str, ...]) -> None:
         """A name with its attributes, `a.b.c`, as it is used in a module."""
         module, name = self.module(dotted), chain[0]
-        if name in module.definitions:
+        if name in module.known():
             self.collect(dotted, name)
-        elif name in module.imports:
-            self.collect(dotted, name)
-            self._follow_import(module.imports[name].split("."), chain[1:])
+            if name in module.imports:
+                self._follow_import(module.imports[name].split("."), chain[1:])
         else:
             for star in filter(self.is_local, module.stars):
                 if name in self.module(star).known():
-                    self._follow(star, chain)
+                    self.follow(star, chain)
 
     def _follow_import(self, target: list[str], attributes: tuple[str, ...]) -> None:
         """Find the module in `target` plus `attributes` (the longest that is one) and the name used of it."""
@@ -132,7 +129,7 @@ class _Project:
             if self.is_local(dotted):
                 rest = tuple(parts[end:])
                 if rest:
-                    self._follow(dotted, rest)
+                    self.follow(dotted, rest)
                 else:  # the module itself is handed on: all of it counts
                     for name in sorted(self.module(dotted).definitions):
                         self.collect(dotted, name)
@@ -168,13 +165,11 @@ def _base(node: ast.ImportFrom, package: str) -> str:
 
 
 def _is_main_block(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.If) and "__name__" in {
-        n.id for n in ast.walk(statement.test) if isinstance(n, ast.Name)
-    }
+    return isinstance(statement, ast.If) and ("__name__",) in chains(statement.test)
 
 
 def _touched(statement: ast.stmt) -> set[str]:
-    """Names that a statement binds or may alter: assigned ones, and those in a bare call such as `TABLE.update(...)`."""
+    """Names that a statement binds or may alter: what it assigns, or all in a bare call such as `TABLE.update(...)`."""
     names = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
     if isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
         targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]

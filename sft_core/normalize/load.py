@@ -6,9 +6,9 @@ Out: the function, row -> dict. RecipeError says what is missing and what there 
 
 import difflib
 import importlib
-import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,8 +22,9 @@ FORMS = "a shipped name, package.module:function or path.py:function"
 def load_map_fn(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """The function of that name.
 
-    A user's file is run afresh each time. Modules found by name, the file's own imports too, are looked for on
-    `sys.path` and then in the current directory (of a file: in its folder), and imported once a process.
+    A user's file is run afresh each time, and so are the modules beside it that it imports at its top: what runs is
+    what `map_fn_source` reads. `package.module` is looked for on `sys.path`, then in the current directory, and stays
+    as it is until the process ends.
     """
     shipped = shipped_name(name)
     if shipped:
@@ -73,31 +74,50 @@ def missing_file(path: Path, name: str) -> RecipeError:
 def _run_file(path: Path, name: str) -> ModuleType:
     if not path.is_file():
         raise missing_file(path, name)
-    _look_in(path.resolve().parent)
-    spec = importlib.util.spec_from_file_location(f"map_fn_file_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses and pickle look for it
+    module = ModuleType(f"map_fn_file_{path.stem}")
+    module.__file__ = str(path.resolve())
+    sys.modules[module.__name__] = module  # where dataclasses and pickle look for it
     try:
-        code = compile(path.read_bytes(), str(path), "exec")  # not the loader's: its cache goes by whole seconds
-        exec(code, module.__dict__)
+        code = compile(path.read_bytes(), module.__file__, "exec")
+        with _imports_from(path.resolve().parent):
+            exec(code, module.__dict__)
     except Exception as error:  # noqa: BLE001 - a user's file may raise anything
         raise RecipeError(f"map_fn {name!r}: {path} does not run: {type(error).__name__}: {error}") from error
     return module
 
 
+@contextmanager
+def _imports_from(folder: Path) -> Iterator[None]:
+    """Imports find the modules of `folder` first, read them from disk, and leave `sys.modules` as it was."""
+    beside = {entry.stem for entry in folder.iterdir() if entry.suffix == ".py" or (entry / "__init__.py").is_file()}
+    strange = {top for top in beside - sys.stdlib_module_names if top in sys.modules and not _lies_in(top, folder)}
+    hidden = {key: sys.modules.pop(key) for key in list(sys.modules) if key.partition(".")[0] in strange}
+    known = {key.partition(".")[0] for key in sys.modules}
+    writes_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # a cache that goes by whole seconds
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = writes_bytecode
+        sys.path.remove(str(folder))
+        for key in [key for key in sys.modules if key.partition(".")[0] in beside - known]:
+            del sys.modules[key]
+        sys.modules.update(hidden)
+
+
+def _lies_in(top: str, folder: Path) -> bool:
+    file = getattr(sys.modules[top], "__file__", None)
+    return file is not None and folder in Path(file).resolve().parents
+
+
 def _import_module(module: str, name: str) -> ModuleType:
-    _look_in(Path.cwd())
+    sys.path.append(str(Path.cwd()))  # last: it never hides an installed package
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise RecipeError(f"map_fn {name!r}: no module {error.name!r} here or installed; write {FORMS}") from error
     except Exception as error:  # noqa: BLE001 - a user's module may raise anything
         raise RecipeError(f"map_fn {name!r}: importing it failed: {type(error).__name__}: {error}") from error
-
-
-def _look_in(folder: Path) -> None:
-    """Last on the path: a user's file never hides an installed package."""
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
+    finally:
+        sys.path.remove(str(Path.cwd()))

@@ -1,7 +1,7 @@
 """The map_fns of XTuner's tutorial: one row in, `{"conversation": [turn, ...]}` out, under XTuner's names.
 
 In: a row (dict). Out: what XTuner 0.2.0 returns for it, wherever the row is well formed. A row that is not raises
-RowError (the reasons: `sft_core.normalize`). They differ from XTuner where XTuner damages data; each docstring says how.
+RowError (reasons: `sft_core.normalize`). They differ from XTuner where XTuner damages data; each docstring says how.
 Texts of the system prompts: InternLM/xtuner v0.2.0, `xtuner/utils/templates.py`, SYSTEM_TEMPLATE, word for word.
 """
 

@@ -3,12 +3,12 @@
 In: messages, a fast tokenizer, a chat template. Out: `Sequence`s. Ids equal `tokenizer.apply_chat_template(messages)`,
 except that special tokens which somebody typed into a content stay text.
 
-With the shipped `plain` template and a tokenizer of words,
+With the shipped `plain` template and a tokenizer of words (it is in tests/sft_core/test_pack.py),
 `[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]` becomes
 
-    ###   Human: hi    \\n    ###   Assistant: yes </s>  \\n       the text, token by token
-    5     6      10    4     5     7          11  2     4         input_ids
-    -100  -100   -100  -100  -100  -100       11  2     -100      labels
+    ###   Human  :     hi    \\n    ###   Assistant  :     yes  </s>  \\n      the text, token by token
+    3     4      6     7     2     3     5          6     8    1     2       input_ids
+    -100  -100   -100  -100  -100  -100  -100       -100  8    1     -100    labels
 """
 
 from bisect import bisect_left, bisect_right

@@ -2,9 +2,10 @@
 
 In: lengths. Out: bins, lists of indices; every index once, no sequence cut. Best-fit decreasing (Johnson 1974): longest
 first, each into the fullest bin that still has room. Open bins are kept by the room left, with a bitmap over rooms, so
-a placement costs the same whatever the number of bins. Figures: 1,000,000 lengths take about a second.
+a placement costs the same whatever the number of bins. A million lengths take 1 to 4 s on one core.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,26 +59,32 @@ def _checked(lengths: Lengths, max_length: int) -> NDArray[np.int64]:
 
 
 def _best_fit(sizes: list[int], indices: list[int], max_length: int) -> list[list[int]]:
-    """`sizes` fall; `indices` name the sequences."""
+    """`sizes` fall; `indices` name the sequences. Equal sizes are placed as many at a time as the chosen bin takes."""
     bins: list[list[int]] = []
-    open_bins: list[list[int]] = [[] for _ in range(max_length + 1)]  # by room left; the newest is taken first
+    members: list[int]
+    open_bins: list[list[list[int]]] = [[] for _ in range(max_length + 1)]  # by room left; the newest is taken first
     rooms = _Bitmap(max_length + 1)
-    for size, index in zip(sizes, indices, strict=True):
-        room = rooms.first_from(size)
-        if room < 0:
-            room, number = max_length, len(bins)
-            bins.append([index])
-        else:
-            same = open_bins[room]
-            number = same.pop()
-            bins[number].append(index)
-            if not same:
-                rooms.clear(room)
-        left = room - size
-        if left:
-            if not open_bins[left]:
-                rooms.set(left)
-            open_bins[left].append(number)
+    start, total = 0, len(sizes)
+    while start < total:
+        size = sizes[start]
+        end = bisect_right(sizes, -size, start, total, key=int.__neg__)
+        while start < end:
+            room = rooms.first_from(size)
+            if room < 0:
+                room, members = max_length, []
+                bins.append(members)
+            else:
+                members = open_bins[room].pop()
+                if not open_bins[room]:
+                    rooms.clear(room)
+            count = min(room // size, end - start)
+            members += indices[start : start + count]
+            start += count
+            left = room - count * size
+            if left:
+                if not open_bins[left]:
+                    rooms.set(left)
+                open_bins[left].append(members)
     return bins
 
 

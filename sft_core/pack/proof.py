@@ -27,7 +27,9 @@ def prove_row(
             _prove_end(where, rendering.text[turn.start : turn.end], answer, saved)
         if not rendering.typed and row["messages"][0]["role"] != "text":
             messages = [plain_message(message, None) for message in row["messages"][: rendering.messages]]
-            served = saved.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+            served = saved.apply_chat_template(messages, return_dict=True, tokenizer_kwargs={"verbose": False})[
+                "input_ids"
+            ]
             if served != sequence.input_ids:
                 raise DataError(f"{where}: {_difference(sequence.input_ids, served, saved)}")
 

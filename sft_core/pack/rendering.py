@@ -88,7 +88,8 @@ class _Renders:
         """Text up to and with message `turn`, and its trained spans."""
         through, marks = self.upto(turn + 1)
         if self._marked:
-            floor = _common_length(self.upto(turn)[0], through)
+            earlier = any(message["role"] == "assistant" for message in self._chat[:turn])
+            floor = _common_length(self.upto(turn)[0], through) if earlier else 0
             spans = [TrainedSpan(start, end, turn) for start, end in marks if start >= floor and end > start]
             if not spans:
                 raise RowError(
@@ -96,9 +97,8 @@ class _Renders:
                 )
             return through, spans
         prompt = self.upto(turn, prompt=True)[0]
-        before = self.upto(turn)[0]
         start = _common_length(prompt, through)
-        if start < len(before):
+        if start < len(prompt) and start < len(self.upto(turn)[0]):
             raise RowError(
                 "rewritten_prompt",
                 f"message {turn}: the template renders the messages before it otherwise once it is there, so what it "

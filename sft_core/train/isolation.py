@@ -23,13 +23,12 @@ def check_isolation(model: Any, vocab_size: int) -> float:
     tokens = torch.randint(0, vocab_size, (2, 2 * DOCUMENT_LENGTH), generator=generator)  # (variant, length)
     tokens[1, DOCUMENT_LENGTH:] = tokens[0, DOCUMENT_LENGTH:]
     positions = torch.arange(DOCUMENT_LENGTH).repeat(2).unsqueeze(0)  # (1, length)
-    was_training = model.training
-    model.eval()
-    logits = [
-        model(input_ids=row.unsqueeze(0).to(device), position_ids=positions.to(device), use_cache=False).logits
-        for row in tokens
-    ]
-    model.train(was_training)
+    logits = []
+    for row in tokens:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(0)  # the same dropout for both
+            inputs = {"input_ids": row.unsqueeze(0).to(device), "position_ids": positions.to(device)}
+            logits.append(model(**inputs, use_cache=False).logits)
     first, second = (entry[0, DOCUMENT_LENGTH:].float() for entry in logits)  # (length, vocab_size)
     change = float((first - second).abs().max() / first.abs().max().clamp_min(1e-12))
     if change > RELATIVE_TOLERANCE:

@@ -35,7 +35,7 @@ def training_command(spec: Path, num_processes: int) -> list[str]:
 def training_environment(environment: Mapping[str, str], num_processes: int) -> dict[str, str]:
     """The child's environment: unbuffered, offline telemetry, and for one rank what torchrun would have set."""
     child = {**environment, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
-    child.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
+    child.setdefault("OMP_NUM_THREADS", str(max(1, ((os.cpu_count() or 1) - 1) // num_processes)))  # one core for us
     root = str(Path(__file__).parents[2])
     child["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [child.get("PYTHONPATH")])])
     if num_processes == 1:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -31,7 +32,7 @@ def load_base(path: str | Path, train: TrainConfig, trust_remote_code: bool) -> 
     """The frozen base as training sees it: quantised at load, in the compute dtype, SDPA attention."""
     quantization = quantization_config(train)
     placement = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=getattr(torch, train.dtype),
         quantization_config=quantization,
@@ -39,6 +40,16 @@ def load_base(path: str | Path, train: TrainConfig, trust_remote_code: bool) -> 
         trust_remote_code=trust_remote_code,
         attn_implementation="sdpa",
     )
+    keep_4bit_weights_unpacked(model)
+    return model
+
+
+def keep_4bit_weights_unpacked(model: Any) -> None:
+    """On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit weight in place at its first forward in eval mode:
+    rounded to bf16, only for sizes divisible by 32, and for good. Training wants the weights as they were quantised."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def peft_config(lora: LoraConfig) -> PeftLoraConfig:

@@ -182,8 +182,8 @@ def test_dtype_rounds_once(tmp_path: Path) -> None:
     tensors = tiny()
     got = convert(save_pth(tmp_path / "iter_7.pth", tensors), tmp_path / "out", dtype="bfloat16")
     assert torch.equal(got[f"{A}.weight"], tensors[f"llm.{A}.default.weight"].bfloat16())
+    big = save_pth(tmp_path / "big.pth", tiny(**{f"llm.{B}.default.weight": torch.full((4, 3), 1e6)}))
     with pytest.raises(ModelError, match="infinity"):
-        big = save_pth(tmp_path / "big.pth", tiny(**{f"llm.{B}.default.weight": torch.full((4, 3), 1e6)}))
         convert(big, tmp_path / "out", dtype="float16")
 
 
@@ -278,7 +278,7 @@ def test_hostile_pickles_are_refused_and_nothing_runs(tmp_path: Path, attack: An
 
 
 def _train(out: Path, stage: int, bf16: bool) -> None:
-    """Three optimizer steps of a tiny LoRA under DeepSpeed; `masters` is what the live optimizer says its weights are."""
+    """Three optimizer steps of a tiny LoRA under DeepSpeed; `masters` holds the live optimizer's weights."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
     from peft import LoraConfig as PeftLoraConfig

@@ -1,0 +1,48 @@
+"""Step 2, normalize: `RawDataset` and a map_fn become `Conversations`: a train side, a held-out side, a quarantine.
+
+In: folders that fetch wrote. Out: `train/part-*.parquet` and `heldout/part-*.parquet` (columns: CONVERSATION_SCHEMA),
+`quarantine/part-00000.jsonl` (dataset, file, row_number, reason, detail, row). Why a row is set aside:
+
+reason             what is wrong
+not_utf8           a line, or half of a surrogate pair in a text, is not UTF-8
+not_json           a line is not JSON
+bad_csv_row        a row of a CSV has more or fewer fields than its header
+missing_column     the map_fn's column is not in the row
+null_value         it is there, and null
+wrong_type         it is not a text (messages: not a list of messages), or the row is neither a mapping nor messages
+no_turns           no turn at all: an empty list, a text without `### Human:`, alpaca's `<nooutput>`
+no_assistant_turn  messages, but none is the assistant's
+empty_answer       an answer is empty or blank, or the only request has none
+bad_turn_order     oasst1: turns do not alternate from Human on, or text stands before the first
+unknown_role       a role other than system, user, assistant (tool messages come in a later release)
+tool_calls         an answer that calls tools (likewise)
+all_weights_zero   answers, but none is to be trained
+map_fn_error       a user's map_fn raised; the detail holds the exception
+bad_conversation   a map_fn returned something of another shape
+also_in_training   a conversation of an evaluation data set that training has too; in the quarantine, but no fault
+not_sampled        left out by the data set's `weight`; not in the quarantine, and no fault
+
+An empty request (`input`, user message) is no fault: XTuner trains such rows, as continuation. Duplicates are kept.
+"""
+
+from sft_core.normalize.conversation import TEXT_ROLE, Message, content_digest, to_messages
+from sft_core.normalize.dataset import CONVERSATION_SCHEMA, STEP_VERSION, NormalizeSource, normalize_dataset
+from sft_core.normalize.identity import map_fn_source
+from sft_core.normalize.load import load_map_fn
+from sft_core.normalize.map_fns import MAP_FNS, MAP_FNS_VERSION, suggest_map_fns
+
+__all__ = [
+    "CONVERSATION_SCHEMA",
+    "MAP_FNS",
+    "MAP_FNS_VERSION",
+    "STEP_VERSION",
+    "TEXT_ROLE",
+    "Message",
+    "NormalizeSource",
+    "content_digest",
+    "load_map_fn",
+    "map_fn_source",
+    "normalize_dataset",
+    "suggest_map_fns",
+    "to_messages",
+]

@@ -1,0 +1,347 @@
+"""Merging: against XTuner's real adapters, against PEFT's own merge, and against the live 4-bit model."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from sft_core.convert import convert_checkpoint
+from sft_core.errors import ModelError
+from sft_core.merge import MergeOptions, merge_adapter
+from sft_core.recipe import LoraConfig
+
+XTUNER = Path(__file__).parents[3] / "shared" / "checkpoints" / "xtuner"
+FULL = MergeOptions(base="full", compute_dtype="float32")
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHARDS = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+
+needs_xtuner = pytest.mark.skipif(not XTUNER.is_dir(), reason=f"XTuner's checkpoints are not at {XTUNER}")
+
+
+def save_tokenizer(folder: Path, template: str | None) -> None:
+    words = ["<unk>", "</s>", "<|im_start|>", "<|im_end|>", *"abcdefghijklmnopqrstuvwxyz", "\n"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.add_special_tokens(words[:4])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama in two shards, with a tokenizer that has no template."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=40, num_key_value_heads=2, eos_token_id=1, **SIZES))
+    model.generation_config._from_model_config = True
+    model.save_pretrained(folder, max_shard_size="200KB")
+    assert {path.name for path in folder.glob("*.safetensors")} == SHARDS
+    save_tokenizer(folder, None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random adapter on all linear layers, with the tokenizer of its training."""
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(1)
+    config = PeftLoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(folder)
+    save_tokenizer(folder, CHATML)
+    return folder
+
+
+@pytest.fixture
+def altered(adapter: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the adapter with other settings or tensors."""
+
+    def make(tensors: dict[str, torch.Tensor] | None = None, **settings: Any) -> Path:
+        folder = tmp_path / "altered"
+        folder.mkdir()
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**config, **settings}))
+        save_file(tensors or load_file(adapter / "adapter_model.safetensors"), folder / "adapter_model.safetensors")
+        return folder
+
+    return make
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for path in sorted(folder.glob("model*.safetensors")) for name, t in load_file(path).items()}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# --- full base ---
+
+
+@needs_xtuner
+@pytest.mark.parametrize("run", ["lora/iter_4.pth", "lora_ds2/iter_4.pth"])
+def test_xtuner_checkpoint_converted_and_merged(tmp_path: Path, run: str) -> None:
+    convert_checkpoint(XTUNER / run, tmp_path / "adapter", LoraConfig(r=4, lora_alpha=16), "base")
+    merge_adapter(XTUNER / "base", tmp_path / "adapter", tmp_path / "out", FULL)
+    expected = load_file(XTUNER / "expected" / f"{run.partition('/')[0]}.merged_fp32.safetensors")
+    got = load_file(tmp_path / "out" / "model.safetensors")
+    assert sorted(got) == sorted(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=2**-23, atol=0, msg=name)
+
+
+def test_merged_folder_computes_what_pefts_merge_computes(base: Path, adapter: Path, tmp_path: Path) -> None:
+    outcome = merge_adapter(base, adapter, tmp_path / "out", FULL)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == SHARDS | {
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert {key: outcome.facts[key] for key in ("merged", "dequantized", "swallowed_by_rounding", "tensors")} == {
+        "merged": 14,
+        "dequantized": 0,
+        "swallowed_by_rounding": 0,
+        "tensors": 21,
+    }
+    ids = torch.randint(40, (2, 12), generator=torch.Generator().manual_seed(0))
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    theirs = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter).merge_and_unload()
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in weights(tmp_path / "out").values())
+    assert index["weight_map"] == json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+def test_merged_model_stops_where_the_template_ends_a_turn(base: Path, adapter: Path, tmp_path: Path) -> None:
+    merge_adapter(base, adapter, tmp_path / "out", FULL)
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (generation["eos_token_id"], generation["pad_token_id"]) == ([1, 3], 1)
+    assert "_from_model_config" not in generation
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.eos_token_id == [1, 3]
+
+
+def test_the_template_of_training_goes_before_the_tokenizers_own(base: Path, adapter: Path, tmp_path: Path) -> None:
+    options = MergeOptions(base="full", chat_template="{{ messages }}")
+    merge_adapter(base, adapter, tmp_path / "out", options)
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == 1
+
+
+def test_quantization_config_of_the_base_is_dropped(base: Path, adapter: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "base"
+    copy.mkdir()
+    for name, content in files(base).items():
+        (copy / name).write_bytes(content)
+    config = json.loads((base / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "quantization_config": {"load_in_4bit": True}}))
+    merge_adapter(copy, adapter, tmp_path / "out", FULL)
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
+
+
+def test_equal_inputs_give_equal_bytes(base: Path, adapter: Path, tmp_path: Path) -> None:
+    for out in ("a", "b"):
+        merge_adapter(base, adapter, tmp_path / out, MergeOptions())
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_rslora_divides_by_the_root_of_the_rank(base: Path, altered: Callable[..., Path], tmp_path: Path) -> None:
+    merge_adapter(base, altered(use_rslora=True), tmp_path / "out", FULL)
+    name = "model.layers.1.mlp.up_proj"
+    lora = load_file(tmp_path / "altered" / "adapter_model.safetensors")
+    update = lora[f"base_model.model.{name}.lora_B.weight"] @ lora[f"base_model.model.{name}.lora_A.weight"]
+    expected = weights(base)[f"{name}.weight"] + 8 / math.sqrt(4) * update
+    torch.testing.assert_close(weights(tmp_path / "out")[f"{name}.weight"], expected)
+
+
+def test_a_bfloat16_base_is_rounded_once(base: Path, adapter: Path, tmp_path: Path) -> None:
+    LlamaForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base", None)
+    outcome = merge_adapter(tmp_path / "base", adapter, tmp_path / "out", FULL)
+    before, after = weights(tmp_path / "base"), weights(tmp_path / "out")
+    lora = load_file(adapter / "adapter_model.safetensors")
+    for name, tensor in before.items():
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        exact = tensor.double()
+        if f"{key}.lora_A.weight" in lora:
+            exact = exact + 2 * lora[f"{key}.lora_B.weight"].double() @ lora[f"{key}.lora_A.weight"].double()
+        assert torch.equal(after[name], exact.to(torch.bfloat16)), name
+    assert (outcome.facts["merged"], outcome.facts["swallowed_by_rounding"]) == (14, 0)
+
+
+# --- 4-bit base ---
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_dequantized_base_is_the_live_4_bit_base_bit_for_bit(
+    base: Path, altered: Callable[..., Path], tmp_path: Path, dtype: str
+) -> None:
+    import bitsandbytes as bnb
+
+    one = "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight"
+    tensors = {one.format("A"): torch.ones(4, 64), one.format("B"): torch.ones(96, 4)}
+    outcome = merge_adapter(
+        base, altered(tensors), tmp_path / "out", MergeOptions(base="dequantized", compute_dtype=dtype)
+    )
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
+    live = AutoModelForCausalLM.from_pretrained(
+        base, dtype=getattr(torch, dtype), quantization_config=quantization, device_map={"": "cpu"}
+    )
+    merged, original = weights(tmp_path / "out"), weights(base)
+    quantized = {f"{name}.weight": m for name, m in live.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+    assert len(quantized) == outcome.facts["dequantized"] == 14
+    for name, tensor in merged.items():
+        if name not in quantized:
+            assert torch.equal(tensor, original[name]), name
+            continue
+        module = quantized[name]
+        expected = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+        if name == "model.layers.0.mlp.up_proj.weight":
+            expected = (expected.double() + 2.0 * 4).float()
+        assert torch.equal(tensor, expected), name
+    assert outcome.facts["certificate"]["chosen"] == "dequantized"
+
+
+@pytest.fixture
+def held_out(tmp_path: Path) -> Path:
+    folder = tmp_path / "conversations"
+    (folder / "heldout").mkdir(parents=True)
+    turns = [("user", "abc", 0), ("assistant", "def", 1)]
+    messages = [[{"role": r, "content": c * (1 + i % 5), "weight": w} for r, c, w in turns] for i in range(70)]
+    table = pa.table({"row_id": [str(i) for i in range(70)], "messages": messages})
+    pq.write_table(table, folder / "heldout" / "part-00000.parquet")
+    return folder
+
+
+@pytest.mark.slow
+def test_auto_measures_both_and_keeps_the_nearer(base: Path, adapter: Path, held_out: Path, tmp_path: Path) -> None:
+    options = MergeOptions(compute_dtype="float32", held_out=held_out)
+    outcome = merge_adapter(base, adapter, tmp_path / "out", options)
+    certificate = outcome.facts["certificate"]
+    kl = {name: figures["kl"] for name, figures in certificate["candidates"].items()}
+    assert certificate["certified"]
+    assert certificate["chosen"] == outcome.facts["base_weights"] == "dequantized"
+    assert (certificate["sequences"], certificate["tokens"] > 64 * 3) == (64, True)
+    assert abs(kl["dequantized"]) < 1e-5 < kl["full"]
+    assert certificate["candidates"]["dequantized"]["top1_agreement"] > 0.98
+    merge_adapter(base, adapter, tmp_path / "told", MergeOptions(base="dequantized", compute_dtype="float32"))
+    assert all(torch.equal(t, weights(tmp_path / "told")[name]) for name, t in weights(tmp_path / "out").items())
+    assert not list(tmp_path.glob(".out-*"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert '"certified": true' in card
+
+
+def test_auto_without_rows_takes_what_training_saw_and_says_so(base: Path, adapter: Path, tmp_path: Path) -> None:
+    certificate = merge_adapter(base, adapter, tmp_path / "nf4", MergeOptions()).facts["certificate"]
+    assert (certificate["certified"], certificate["chosen"]) == (False, "dequantized")
+    assert "no held-out rows" in certificate["why"]
+    options = MergeOptions(quantization="none")
+    certificate = merge_adapter(base, adapter, tmp_path / "none", options).facts["certificate"]
+    assert certificate["chosen"] == "full"
+
+
+# --- refused ---
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"use_dora": True}, "use_dora = True"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias = 'all'"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"r": 5}, "do not fit r = 5"),
+    ],
+)
+def test_what_is_not_plain_lora_is_refused(
+    base: Path, altered: Callable[..., Path], tmp_path: Path, settings: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ModelError, match=says):
+        merge_adapter(base, altered(**settings), tmp_path / "out", FULL)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "says"),
+    [
+        (
+            "base_model.model.model.layers.9.mlp.up_proj.lora_{}.weight",
+            (96, 64),
+            "has no model.layers.9.mlp.up_proj",
+        ),
+        ("base_model.model.model.embed_tokens.lora_embedding_{}", (96, 64), "would be lost in the merge"),
+        ("base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight", (96, 32), "trained on another model"),
+    ],
+)
+def test_adapter_tensors_that_fit_nowhere_are_refused(  # noqa: PLR0913
+    base: Path,
+    adapter: Path,
+    altered: Callable[..., Path],
+    tmp_path: Path,
+    key: str,
+    shape: tuple[int, int],
+    says: str,
+) -> None:
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors[key.format("A")], tensors[key.format("B")] = torch.ones(4, shape[1]), torch.ones(shape[0], 4)
+    with pytest.raises(ModelError, match=says):
+        merge_adapter(base, altered(tensors), tmp_path / "out", FULL)
+
+
+@pytest.mark.parametrize("options", [FULL, MergeOptions()], ids=["full", "dequantized"])
+def test_a_merge_that_changes_nothing_is_refused(
+    base: Path, adapter: Path, altered: Callable[..., Path], tmp_path: Path, options: MergeOptions
+) -> None:
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    inert = {name: torch.zeros_like(tensor) if "lora_B" in name else tensor for name, tensor in tensors.items()}
+    with pytest.raises(ModelError, match="equals its base"):
+        merge_adapter(base, altered(inert), tmp_path / "out", options)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_base_with_a_missing_or_torn_shard_is_refused(base: Path, adapter: Path, tmp_path: Path, damage: str) -> None:
+    copy = tmp_path / "base"
+    copy.mkdir()
+    for name, content in files(base).items():
+        (copy / name).write_bytes(content)
+    shard = copy / sorted(SHARDS)[1]
+    content = shard.read_bytes()
+    shard.unlink()
+    if damage == "cut":
+        shard.write_bytes(content[:-8])
+    with pytest.raises(ModelError, match="00002-of-00002.safetensors: missing or torn"):
+        merge_adapter(copy, adapter, tmp_path / "out", FULL)
