@@ -132,6 +132,7 @@ def _merge(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
         held_out=run.folder("normalize"),
         chat_template=run.plan.chat_template,
         seed=run.recipe.seed,
+        trust_remote_code=run.recipe.base_model.trust_remote_code,
     )
     return merge_adapter(run.base_model(), run.folder("convert"), out, options)
 

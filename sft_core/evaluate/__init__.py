@@ -4,13 +4,14 @@ In: a model folder, a Conversations folder, the chat template. Out: `scores.parq
 register's business.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sft_core.artifacts import Outcome
-from sft_core.errors import DataError, ModelError
+from sft_core.errors import DataError, ModelError, RowError
 from sft_core.evaluate.report import EvaluationReport, Score, read_report, write_report
 from sft_core.fingerprint import hash_value
 from sft_core.recipe import EvaluateConfig
@@ -76,21 +77,27 @@ def _encode(
 ) -> tuple[list[_Example], dict[str, Any]]:
     from sft_core.pack import IGNORE_INDEX, encode_conversation  # noqa: PLC0415
 
-    examples, rows_in, set_aside = [], 0, {"overlong": 0, "nothing_trained": 0}
-    for rows_in, row in enumerate(_held_out_rows(conversations), start=1):  # noqa: B007
-        sequences = encode_conversation(row["messages"], tokenizer, template)
+    examples: list[_Example] = []
+    set_aside: Counter[str] = Counter()
+    for row in _held_out_rows(conversations):
+        try:
+            sequences = encode_conversation(row["messages"], tokenizer, template)
+        except RowError as error:
+            set_aside[error.reason] += 1
+            continue
         if max((len(sequence.input_ids) for sequence in sequences), default=0) > max_length:
             set_aside["overlong"] += 1
         elif all(label == IGNORE_INDEX for sequence in sequences for label in sequence.labels):
             set_aside["nothing_trained"] += 1
         else:
             examples.append(_Example(row["row_id"], row["dataset"], sequences, row["messages"]))
+    rows_in = len(examples) + set_aside.total()
     if not examples:
         raise DataError(
-            f"{conversations}: of {rows_in} held-out conversations none can be scored ({set_aside}); "
+            f"{conversations}: of {rows_in} held-out conversations none can be scored ({dict(set_aside)}); "
             f"raise pack.max_length ({max_length}) or eval_fraction"
         )
-    return examples, {"in": rows_in, "out": len(examples), "set_aside": set_aside}
+    return examples, {"in": rows_in, "out": len(examples), "set_aside": dict(set_aside)}
 
 
 def _held_out_rows(conversations: Path) -> Iterator[dict[str, Any]]:
