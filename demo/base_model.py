@@ -166,8 +166,9 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Ten
 
 def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices (copying appears several times sooner than with AdamW), AdamW else."""
-    matrices = [weight for name, weight in model.named_parameters() if ".layers." in name and weight.ndim == 2]
-    others = [weight for name, weight in model.named_parameters() if ".layers." not in name or weight.ndim != 2]
+    named = list(model.named_parameters())
+    matrices = [weight for name, weight in named if ".layers." in name and weight.ndim == 2]
+    others = [weight for name, weight in named if ".layers." not in name or weight.ndim != 2]
     return [
         torch.optim.Muon(matrices, lr=MATRIX_RATE, weight_decay=0.01),
         torch.optim.AdamW(others, lr=OTHER_RATE, betas=(0.9, 0.98), weight_decay=0.0),

@@ -204,6 +204,8 @@ def syntax(node: object) -> str:
     fields = dict(ast.iter_fields(node))
     if isinstance(node, Block) and ast.get_docstring(node, clean=False) is not None:
         fields["body"] = node.body[1:]
+    if isinstance(node, ast.JoinedStr):  # Python 3.12 puts empty texts into some f-strings
+        fields["values"] = [part for part in node.values if not (isinstance(part, ast.Constant) and part.value == "")]
     kept = {key: value for key, value in fields.items() if value not in (None, []) and key not in ("ctx", "kind")}
     if isinstance(node, ast.Constant):
         kept["value"] = node.value

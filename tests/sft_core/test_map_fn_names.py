@@ -177,10 +177,10 @@ if __name__ == "__main__":
 
     def test_it_is_the_same_on_every_python(self, tmp_path):
         (tmp_path / "a.py").write_text(
-            "def read(row, *, k=None):\n    return {'text': f'{row[0]!r:>4}' + u'\\u4f60'}\n"
+            "def read(row, *, k=None):\n    return {'text': f'{row[0]!r:>{k}}' + u'\\u4f60'}\n"
         )
         identity = hash_value(map_fn_source(f"{tmp_path / 'a.py'}:read"))
-        assert identity == "589bb53761fe8646822c702325410f988b2732f8c32345e45cc19048fcd2d6d4"
+        assert identity == "a4b0fc3159acb745cd6f19a801d5593c63528f4260813907f17261318bd3f451"
 
     def test_shipped_names(self):
         assert map_fn_source("alpaca_map_fn") == {"name": "alpaca", "version": MAP_FNS_VERSION}
