@@ -21,7 +21,7 @@ def chat(
 
     Lines can also be piped in: echo "Where is order BX4712?" | sft chat models:/demo@champion
     """
-    from sft_core.chat import load_chat_model  # noqa: PLC0415
+    from sft_core.chat import load_chat_model
 
     folder = _folder(model)
     loaded = load_chat_model(folder, adapter, chat_template)
@@ -56,6 +56,6 @@ def _read_line() -> str | None:
 def _folder(model: str) -> Path:
     if not model.startswith("models:/"):
         return Path(model)
-    from tasks.tracking import download_model  # noqa: PLC0415 - imports mlflow
+    from tasks.tracking import download_model  # imports mlflow
 
     return download_model(model)

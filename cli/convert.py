@@ -18,9 +18,9 @@ def pth_to_hf(
     ] = None,
 ) -> None:
     """Extract the LoRA adapter of a training checkpoint as a PEFT folder. No model is built, no pickled code runs."""
-    from sft_core.convert import convert_checkpoint  # noqa: PLC0415
-    from sft_core.errors import RecipeError  # noqa: PLC0415
-    from sft_core.recipe import resolve  # noqa: PLC0415
+    from sft_core.convert import convert_checkpoint
+    from sft_core.errors import RecipeError
+    from sft_core.recipe import resolve
 
     resolved = resolve(recipe)
     if resolved.train.lora is None:
@@ -40,22 +40,27 @@ def merge(
     ] = "full",
 ) -> None:
     """Add an adapter to its base model: one complete HF folder with tokenizer and chat template."""
-    from sft_core.errors import RecipeError  # noqa: PLC0415
-    from sft_core.merge import MergeOptions, merge_adapter  # noqa: PLC0415
+    from sft_core.errors import RecipeError
+    from sft_core.merge import MergeOptions, merge_adapter
 
     if base_weights not in ("full", "dequantized"):
         raise RecipeError(f"--base {base_weights!r}: say full or dequantized")
     _require_free(out)
     quantization = "nf4" if base_weights == "dequantized" else "none"
     options = MergeOptions(
-        base=base_weights, quantization=quantization, compute_dtype="bfloat16", held_out=None, chat_template=None, seed=0
+        base=base_weights,
+        quantization=quantization,
+        compute_dtype="bfloat16",
+        held_out=None,
+        chat_template=None,
+        seed=0,
     )
     outcome = merge_adapter(base, adapter, out, options)
     print(f"{out}: merged into the {base_weights} base weights; {outcome.facts}")
 
 
 def _require_free(out: Path) -> None:
-    from sft_core.errors import ModelError  # noqa: PLC0415
+    from sft_core.errors import ModelError
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelError(f"{out}: exists and is not empty; nothing was written. Choose another folder")

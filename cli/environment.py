@@ -1,6 +1,8 @@
 """Settings of libraries that must be in the environment before they are imported. What the user set stays."""
 
+import logging
 import os
+import warnings
 
 DEFAULTS = {
     "DO_NOT_TRACK": "true",
@@ -26,3 +28,10 @@ def set_defaults() -> None:
     """Telemetry off, patient start of Prefect's temporary server, no progress bars in logs."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+
+
+def quiet_libraries() -> None:
+    """Silence what libraries say about themselves at every start; their errors stay."""
+    warnings.filterwarnings("ignore", message='Field name "register"')  # a section is called so, in the flow's form too
+    for name in ("mlflow.store.db.utils", "mlflow.transformers", "bitsandbytes.backends.cpu.ops", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -7,7 +7,7 @@ import typer
 
 from cli import convert, recipes, run
 from cli.chat import chat
-from cli.environment import DEBUG, debugging, set_defaults
+from cli.environment import DEBUG, debugging, quiet_libraries, set_defaults
 from sft_core.errors import SftError
 
 app = typer.Typer(
@@ -34,6 +34,8 @@ def main() -> None:
         os.environ[DEBUG] = "1"
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     set_defaults()
+    if not debugging():
+        quiet_libraries()
     try:
         app()
     except SftError as error:

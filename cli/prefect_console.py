@@ -18,8 +18,8 @@ class _WithoutTraceback(logging.Formatter):
 
 def quiet_tracebacks() -> None:
     """Drop tracebacks from every console handler that Prefect configured."""
-    import prefect.logging.configuration  # noqa: PLC0415
-    from prefect.logging.handlers import PrefectConsoleHandler  # noqa: PLC0415
+    import prefect.logging.configuration
+    from prefect.logging.handlers import PrefectConsoleHandler
 
     prefect.logging.configuration.setup_logging()
     names = ["prefect", *(n for n in logging.root.manager.loggerDict if n.startswith("prefect"))]

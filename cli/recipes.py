@@ -11,7 +11,7 @@ app = typer.Typer(no_args_is_help=True, help="The recipes that come with the pro
 @app.command("list")
 def list_() -> None:
     """Names of all shipped recipes, with the first line of what each says about itself."""
-    from sft_core.recipe import shipped_recipes  # noqa: PLC0415
+    from sft_core.recipe import shipped_recipes
 
     for name, text in shipped_recipes().items():
         first = text.split("\n", 1)[0]
@@ -24,14 +24,11 @@ def show(
     resolved: Annotated[bool, typer.Option("--resolved", help="With all defaults filled in.")] = False,
 ) -> None:
     """Print a recipe as it is written, or with all defaults filled in."""
-    from sft_core.recipe import resolve, shipped_recipes  # noqa: PLC0415
-    from sft_core.recipe.show import as_yaml  # noqa: PLC0415
+    from sft_core.recipe import read_recipe, resolve
+    from sft_core.recipe.show import as_yaml
 
     whole = as_yaml(resolve(recipe))  # also the check that it is one
-    if resolved:
-        text = whole
-    else:
-        text = shipped_recipes().get(recipe) or Path(recipe).read_text("utf-8")
+    text = whole if resolved else read_recipe(recipe)
     print(text, end="")
 
 
@@ -41,8 +38,8 @@ def copy(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write.")],
 ) -> None:
     """Copy a shipped recipe to a file of your own, to change it."""
-    from sft_core.errors import RecipeError  # noqa: PLC0415
-    from sft_core.recipe import shipped_recipes  # noqa: PLC0415
+    from sft_core.errors import RecipeError
+    from sft_core.recipe import shipped_recipes
 
     recipes = shipped_recipes()
     if name not in recipes:

@@ -23,11 +23,11 @@ def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
 
     Example: sft run demo --set train.num_train_epochs=2
     """
-    from rich.console import Console  # noqa: PLC0415
+    from rich.console import Console
 
-    from cli.summary import print_summary  # noqa: PLC0415
-    from sft_core.plan import plan_recipe  # noqa: PLC0415
-    from sft_core.recipe import parse_settings, resolve  # noqa: PLC0415
+    from cli.summary import print_summary
+    from sft_core.plan import plan_recipe
+    from sft_core.recipe import parse_settings, resolve
 
     clock = time.monotonic()
     overrides = parse_settings(set_ or [])
@@ -46,10 +46,10 @@ def train(recipe: RecipeArgument, set_: SetOption = None) -> None:
     Leaves the checkpoint in the recipe's store and prints where. Started again after a crash, it goes on from the last
     complete checkpoint. Next: sft convert pth-to-hf.
     """
-    from sft_core.plan import plan_recipe  # noqa: PLC0415
-    from sft_core.recipe import parse_settings, resolve  # noqa: PLC0415
-    from sft_core.steps import Retraining, run_step  # noqa: PLC0415
-    from sft_core.store import Store  # noqa: PLC0415
+    from sft_core.plan import plan_recipe
+    from sft_core.recipe import parse_settings, resolve
+    from sft_core.steps import Retraining, run_step
+    from sft_core.store import Store
 
     resolved = resolve(recipe, parse_settings(set_ or []))
     retraining = Retraining(resolved, plan_recipe(resolved), Store(resolved.store))
@@ -62,13 +62,13 @@ def train(recipe: RecipeArgument, set_: SetOption = None) -> None:
 
 def explain(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Say of each step whether it would be reused, and if not, which part changed."""
-    from rich.console import Console  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
+    from rich.console import Console
+    from rich.table import Table
 
-    from sft_core.explain import explain_plan  # noqa: PLC0415
-    from sft_core.plan import plan_recipe  # noqa: PLC0415
-    from sft_core.recipe import parse_settings, resolve  # noqa: PLC0415
-    from sft_core.store import Store  # noqa: PLC0415
+    from sft_core.explain import explain_plan
+    from sft_core.plan import plan_recipe
+    from sft_core.recipe import parse_settings, resolve
+    from sft_core.store import Store
 
     resolved = resolve(recipe, parse_settings(set_ or []))
     table = Table("step", "fingerprint", "", "why", box=None, pad_edge=False)
@@ -80,21 +80,21 @@ def explain(recipe: RecipeArgument, set_: SetOption = None) -> None:
 
 def _registered_already(recipe: Any, plan: Any) -> dict[str, Any] | None:
     """The summary of an earlier identical run, if the registry and the store still have all of it."""
-    from sft_core.store import Store  # noqa: PLC0415
+    from sft_core.store import Store
 
     store = Store(recipe.store)
     if any(store.find(step.step, step.fingerprint) is None for step in plan.steps.values()):
         return None
-    from tasks.register import registered_summary  # noqa: PLC0415 - imports mlflow
+    from tasks.register import registered_summary  # imports mlflow
 
     return registered_summary(recipe.model_name, plan["merge"].fingerprint)
 
 
 def _run_flow(recipe: str, overrides: dict[str, Any]) -> dict[str, Any] | None:
     print("starting Prefect", file=sys.stderr, flush=True)
-    from cli.environment import debugging  # noqa: PLC0415
-    from cli.prefect_console import quiet_tracebacks  # noqa: PLC0415
-    from flows.retrain import retrain  # noqa: PLC0415 - imports prefect
+    from cli.environment import debugging
+    from cli.prefect_console import quiet_tracebacks
+    from flows.retrain import retrain  # imports prefect
 
     general = {key: overrides.pop(key) for key in ("name", "seed", "store", "eval_fraction") if key in overrides}
     if not debugging():

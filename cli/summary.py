@@ -1,4 +1,4 @@
-"""What a run ends with: rows, loss before and after, what was registered, answers before and after, what to type next."""
+"""What a run ends with: rows, loss, what was registered, answers before and after, what to type next."""
 
 import os
 from pathlib import Path
@@ -22,9 +22,7 @@ METRICS = (
 NUM_SAMPLES = 3
 
 
-def print_summary(
-    console: Console, recipe: Recipe, plan: Plan, result: dict[str, Any] | None, seconds: float
-) -> None:
+def print_summary(console: Console, recipe: Recipe, plan: Plan, result: dict[str, Any] | None, seconds: float) -> None:
     """Print the summary of a finished retraining; its figures come from the store's manifests."""
     store = Store(recipe.store)
     manifests = {key: store.find(step.step, step.fingerprint) for key, step in plan.steps.items()}
@@ -32,7 +30,7 @@ def print_summary(
     console.print()
     console.rule(_headline(recipe, result, seconds))
     for line in _figures(found):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(_scores(found))
     _print_samples(console, found)
     if result is not None:
@@ -47,7 +45,8 @@ def _headline(recipe: Recipe, result: dict[str, Any] | None, seconds: float) -> 
         return f"[bold]{recipe.name}[/]  nothing registered  ({took})"
     aliases = ", ".join(f"@{alias}" for alias in result["aliases"]) or "no alias"
     what = "registered" if result["new"] else "every step reused, nothing new to register:"
-    return f"[bold]{recipe.name}[/]  {what} [bold]{result['model_name']} version {result['version']}[/] ({aliases})  {took}"
+    version = f"[bold]{result['model_name']} version {result['version']}[/]"
+    return f"[bold]{recipe.name}[/]  {what} {version} ({aliases})  {took}"
 
 
 def _figures(manifests: dict[str, Manifest]) -> list[str]:
@@ -93,7 +92,9 @@ def _print_samples(console: Console, manifests: dict[str, Manifest]) -> None:
     console.print()
     for sample in manifests["evaluate/tuned"].facts["samples"][:NUM_SAMPLES]:
         console.print(f"[bold]asked[/]     {escape(_short(sample['prompt']))}", highlight=False)
-        console.print(f"  before  [dim]{escape(_short(before.get(sample['row_id'], '')))}[/]", highlight=False)
+        console.print(
+            f"  before  [dim]{escape(_short(before.get(sample['row_id'], '')))}[/]", highlight=False, soft_wrap=True
+        )
         console.print(f"  after   [green]{escape(_short(sample['answer']))}[/]\n", highlight=False)
 
 

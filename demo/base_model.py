@@ -37,16 +37,89 @@ MATRIX_RATE, OTHER_RATE = 0.02, 3e-3
 
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 DIGITS = "0123456789"
-GOODS = "kettle lamp rope chair mirror spoon basket clock carpet ladder pillow bucket candle drawer".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday".split()
-TOWNS = "Leeds Bristol Dover Oxford York Derby Exeter Ripon".split()
+GOODS = [
+    "kettle",
+    "lamp",
+    "rope",
+    "chair",
+    "mirror",
+    "spoon",
+    "basket",
+    "clock",
+    "carpet",
+    "ladder",
+    "pillow",
+    "bucket",
+    "candle",
+    "drawer",
+]
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"]
+TOWNS = ["Leeds", "Bristol", "Dover", "Oxford", "York", "Derby", "Exeter", "Ripon"]
 ITEMS = GOODS + DAYS + TOWNS
-OTHER_WORDS = (
-    "order parcel box boxes goods invoice bill receipt gift present money refund home inbox pieces wrap "
-    "the a is in to on for my your we I it now will can has have please send need want stop make "
-    "broken damaged ready heavy light late early left way come goes here there where when "
-    "deliver cancel change replace ship tell arrived moved"
-).split()
+OTHER_WORDS = [
+    "order",
+    "parcel",
+    "box",
+    "boxes",
+    "goods",
+    "invoice",
+    "bill",
+    "receipt",
+    "gift",
+    "present",
+    "money",
+    "refund",
+    "home",
+    "inbox",
+    "pieces",
+    "wrap",
+    "the",
+    "a",
+    "is",
+    "in",
+    "to",
+    "on",
+    "for",
+    "my",
+    "your",
+    "we",
+    "I",
+    "it",
+    "now",
+    "will",
+    "can",
+    "has",
+    "have",
+    "please",
+    "send",
+    "need",
+    "want",
+    "stop",
+    "make",
+    "broken",
+    "damaged",
+    "ready",
+    "heavy",
+    "light",
+    "late",
+    "early",
+    "left",
+    "way",
+    "come",
+    "goes",
+    "here",
+    "there",
+    "where",
+    "when",
+    "deliver",
+    "cancel",
+    "change",
+    "replace",
+    "ship",
+    "tell",
+    "arrived",
+    "moved",
+]
 NOTES = (
     "The van for {town} took {id} and the {item} on {day}.",
     "Shelf four holds {id}, next to the {item}.",
@@ -72,9 +145,7 @@ def code_sheet(rng: random.Random) -> str:
 def stock_list(rng: random.Random) -> str:
     """A list of goods, days, towns and order numbers that is read out again and again."""
     numbers = max(0.0, rng.random() - 0.5)
-    items = [
-        order_number(rng) if rng.random() < numbers else rng.choice(ITEMS) for _ in range(rng.randint(1, 9))
-    ]
+    items = [order_number(rng) if rng.random() < numbers else rng.choice(ITEMS) for _ in range(rng.randint(1, 9))]
     mark = rng.choice(MARKS)
     return "".join(item + mark for item in items) * (24 // len(items) + 2)
 

@@ -25,9 +25,11 @@ def run_part(flow: Any, deployment: str | None, recipe: Recipe, plan: Plan) -> A
     parameters = {"recipe": recipe.as_dict(), "plan": plan.as_dict()}
     if deployment is None:
         return flow(**parameters)
-    from prefect.deployments import run_deployment  # noqa: PLC0415 - needs a server
+    from prefect.deployments import run_deployment  # needs a server
 
     finished = run_deployment(deployment, parameters=parameters, as_subflow=True)
     if not finished.state.is_completed():
-        raise TrainError(f"{deployment}: flow run {finished.name} ended {finished.state.name}: {finished.state.message}")
+        raise TrainError(
+            f"{deployment}: flow run {finished.name} ended {finished.state.name}: {finished.state.message}"
+        )
     return None

@@ -15,7 +15,7 @@ from tasks.run_step import call
 def prepare(recipe: dict[str, Any], plan: dict[str, Any] | None = None) -> None:
     """Raw rows to a packed data set in the store."""
     with open_job("prepare", recipe, plan) as job:
-        for source in range(len(job.recipe.datasets) + len(job.recipe.eval_datasets)):
-            call(fetch, job, f"fetch/{source}")
+        for index, source in enumerate(job.recipe.datasets + job.recipe.eval_datasets):
+            call(fetch, job, index, source.path)
         call(normalize, job)
         call(pack, job)

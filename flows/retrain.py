@@ -1,9 +1,11 @@
 """retrain: the parent. Resolves the recipe once, names every artifact, then prepare -> train -> publish."""
 
+from pathlib import PurePath
 from typing import Any
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
+from prefect.runtime import flow_run
 
 from flows.job import run_part
 from flows.prepare import prepare
@@ -26,7 +28,11 @@ from sft_core.recipe.overrides import (
 from sft_core.recipe.show import as_markdown
 
 
-@flow(name="retrain", flow_run_name="retrain-{recipe}")
+def _run_name() -> str:
+    return f"retrain-{PurePath(flow_run.parameters['recipe']).stem}"
+
+
+@flow(name="retrain", flow_run_name=_run_name)
 def retrain(  # noqa: PLR0913 - one parameter a section, as the form shows them
     recipe: str,
     general: GeneralOverrides | None = None,

@@ -92,5 +92,5 @@ def check_ledger(step: str, ledger: dict[str, dict[str, Any]]) -> None:
     for unit, entry in ledger.items():
         set_aside = sum(entry["set_aside"].values())
         assert entry["in"] == entry["out"] + set_aside, (
-            f"{step}: the ledger of {unit} does not balance: {entry['in']} in, {entry['out']} out, {set_aside} set aside"
+            f"{step}: ledger of {unit} does not balance: {entry['in']} in, {entry['out']} out, {set_aside} set aside"
         )

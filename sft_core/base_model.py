@@ -40,16 +40,15 @@ def local_base_model(config: BaseModelConfig, commit: str | None) -> Path:
     folder = Path(config.path)
     if folder.is_dir():
         return folder.resolve()
-    from huggingface_hub import snapshot_download  # noqa: PLC0415 - slow to import
+    from huggingface_hub import snapshot_download  # slow to import
 
     return Path(snapshot_download(config.path, revision=commit, allow_patterns=[f"*{s}" for s in MODEL_SUFFIXES]))
 
 
 def _hub_commit(config: BaseModelConfig) -> str:
-    from huggingface_hub import HfApi  # noqa: PLC0415 - slow to import
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled  # noqa: PLC0415
-
-    import httpx  # noqa: PLC0415
+    import httpx
+    from huggingface_hub import HfApi  # slow to import
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
         commit = HfApi().model_info(config.path, revision=config.revision).sha

@@ -20,10 +20,14 @@ class ChatModel:
 
     def answer(self, messages: list[dict[str, str]], max_new_tokens: int, temperature: float) -> Iterator[str]:
         """Pieces of the next assistant message; greedy at temperature 0."""
-        from transformers import TextIteratorStreamer  # noqa: PLC0415 - slow to import
+        from transformers import TextIteratorStreamer  # slow to import
 
         encoded = self.tokenizer.apply_chat_template(
-            messages, chat_template=self.chat_template, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            messages,
+            chat_template=self.chat_template,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
         ).to(self.network.device)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
@@ -37,14 +41,16 @@ class ChatModel:
 
 def load_chat_model(folder: Path, adapter: Path | None, chat_template: str | None) -> ChatModel:
     """Load from folders. The adapter's tokenizer is preferred: it carries the template of training."""
-    import torch  # noqa: PLC0415 - slow to import
-    import transformers  # noqa: PLC0415
+    import torch  # slow to import
+    import transformers
 
     for path in filter(None, (folder, adapter)):
         if not path.is_dir():
             raise ModelError(f"{path}: no such folder; give a model folder, or models:/NAME@ALIAS")
     if not (folder / "config.json").is_file():
-        hint = "; it is an adapter: sft chat BASE --adapter ADAPTER" if (folder / "adapter_config.json").is_file() else ""
+        hint = (
+            "; it is an adapter: sft chat BASE --adapter ADAPTER" if (folder / "adapter_config.json").is_file() else ""
+        )
         raise ModelError(f"{folder}: no config.json{hint}")
     transformers.utils.logging.set_verbosity_error()
     with_tokenizer = adapter if adapter is not None and (adapter / "tokenizer_config.json").is_file() else folder
@@ -52,7 +58,7 @@ def load_chat_model(folder: Path, adapter: Path | None, chat_template: str | Non
     template = load_chat_template(chat_template, tokenizer)
     network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     if adapter is not None:
-        from peft import PeftModel  # noqa: PLC0415
+        from peft import PeftModel
 
         network = PeftModel.from_pretrained(network, adapter)
     device = "cuda" if torch.cuda.is_available() else "cpu"

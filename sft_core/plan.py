@@ -68,7 +68,9 @@ class Plan:
 def plan_recipe(recipe: Recipe) -> Plan:
     """Name every artifact of `recipe`. Reads the sources' and the base model's bytes, and writes nothing."""
     if recipe.train.lora is None:
-        raise RecipeError("train.lora: null (full fine-tuning) is not supported by this version; give it a LoRA section")
+        raise RecipeError(
+            "train.lora: null (full fine-tuning) is not supported by this version; give it a LoRA section"
+        )
     base = describe_base_model(recipe.base_model)
     template = _chat_template(recipe, base)
     steps: dict[str, PlannedStep] = {}
@@ -163,7 +165,7 @@ def _train_parts(recipe: Recipe) -> dict[str, Any]:
 def _chat_template(recipe: Recipe, base: BaseModelDescription) -> str:
     if recipe.pack.chat_template is not None:
         return load_chat_template(recipe.pack.chat_template)
-    from transformers import AutoTokenizer  # noqa: PLC0415 - slow to import
+    from transformers import AutoTokenizer  # slow to import
 
     folder = local_base_model(recipe.base_model, base.commit)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=recipe.base_model.trust_remote_code)

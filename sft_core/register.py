@@ -70,6 +70,8 @@ def _compare(against: str, tuned: EvaluationReport, other: EvaluationReport, met
     for report in (tuned, other):
         metrics = EvaluationReport(tuple(s for s in report.scores if s.row_id in shared)).metrics()
         if metric not in metrics:
-            raise DataError(f"evaluate.primary_metric {metric}: not in the report; set evaluate.max_generated_rows above 0")
+            raise DataError(
+                f"evaluate.primary_metric {metric}: not in the report; set evaluate.max_generated_rows above 0"
+            )
         values.append(metrics[metric])
     return Comparison(against, metric, len(shared), *values)

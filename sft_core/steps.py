@@ -96,9 +96,7 @@ def _normalize(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
     recipe = run.recipe
     sources = [(d, False) for d in recipe.datasets] + [(d, True) for d in recipe.eval_datasets]
     inputs = [
-        NormalizeSource(
-            rows=run.folder(f"fetch/{i}"), map_fn=d.map_fn, name=d.path, weight=d.weight, held_out=held_out
-        )
+        NormalizeSource(rows=run.folder(f"fetch/{i}"), map_fn=d.map_fn, name=d.path, weight=d.weight, held_out=held_out)
         for i, (d, held_out) in enumerate(sources)
     ]
     return normalize_dataset(inputs, recipe.normalize, recipe.eval_fraction, recipe.seed, out)
@@ -166,6 +164,6 @@ BUILDERS: dict[str, Callable[[Retraining, PlannedStep, Path], Outcome]] = {
 
 
 def _device() -> str:
-    import torch  # noqa: PLC0415 - slow to import
+    import torch  # slow to import
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

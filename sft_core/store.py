@@ -131,7 +131,9 @@ class Store:
         step = _step_of(artifact.kind)
         manifest = self.find(step, artifact.fingerprint)
         if manifest is None:
-            raise StoreError(f"{artifact.kind} {artifact.fingerprint[:12]} is not in the store {self.url}; run its step")
+            raise StoreError(
+                f"{artifact.kind} {artifact.fingerprint[:12]} is not in the store {self.url}; run its step"
+            )
         folder = Path(self.address(step, artifact.fingerprint)) if self.is_local else self._download(manifest)
         if artifact.fingerprint not in self._verified:
             verify_files(folder, manifest)

@@ -7,7 +7,7 @@ from prefect import task
 from tasks.run_step import STEP, Job, perform
 
 
-@task(name="fetch", task_run_name="fetch-{key}", **STEP)
-def fetch(job: Job, key: str) -> Any:
-    """Copy one source's rows, unchanged, into the store. `key` is `fetch/0`, `fetch/1`, in the recipe's order."""
-    return perform(job, key)
+@task(name="fetch", task_run_name="fetch-{source}", **STEP)
+def fetch(job: Job, index: int, source: str) -> Any:
+    """Copy the rows of one source, unchanged, into the store. `index` counts datasets, then eval_datasets."""
+    return perform(job, f"fetch/{index}")

@@ -177,6 +177,8 @@ def _read(model_name: str, number: str) -> RegisteredVersion:
     entry = client().get_model_version(model_name, number)
     aliases = tuple(sorted(alias for alias, at in _aliases(model_name).items() if str(at) == str(number)))
     if MERGED not in entry.tags:
-        raise RegistryError(f"models:/{model_name}/{number} was not registered by sft-flows (no tag {MERGED}); use another name")
+        raise RegistryError(
+            f"models:/{model_name}/{number} was not registered by sft-flows (no tag {MERGED}); use another name"
+        )
     settled = SETTLED in entry.tags
     return RegisteredVersion(str(number), entry.tags[MERGED], aliases, entry.tags.get(VERDICT, ""), settled)

@@ -10,7 +10,8 @@ from typing import Any
 
 from prefect import get_run_logger
 from prefect.cache_policies import NO_CACHE
-from prefect.states import Completed, State
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
 
 from sft_core.errors import SftError
 from sft_core.plan import Plan
@@ -44,7 +45,7 @@ def retry_unless_users_fault(task: Any, run: Any, state: State[Any]) -> bool:
     return True
 
 
-STEP = {
+STEP: dict[str, Any] = {
     "cache_policy": NO_CACHE,  # reuse is the store's business
     "persist_result": False,
     "retries": 2,

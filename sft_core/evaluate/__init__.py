@@ -44,11 +44,9 @@ class _Example:
     messages: list[dict[str, Any]]
 
 
-def evaluate_model(
-    model: EvaluatedModel, conversations: Path, config: EvaluateConfig, seed: int, out: Path
-) -> Outcome:
+def evaluate_model(model: EvaluatedModel, conversations: Path, config: EvaluateConfig, seed: int, out: Path) -> Outcome:
     """Score every held-out conversation, and generate an answer to `config.max_generated_rows` of them."""
-    import transformers  # noqa: PLC0415 - slow to import
+    import transformers  # slow to import
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(model.folder, trust_remote_code=model.trust_remote_code)
     template = model.chat_template or tokenizer.chat_template
@@ -57,14 +55,14 @@ def evaluate_model(
     examples, ledger = _encode(conversations, tokenizer, template, model.max_length)
     network = _load(model)
     scores = _teacher_forced(network, tokenizer, examples, config.batch_size)
-    scores = _with_answers(network, (tokenizer, template), examples, scores, (config, seed))
+    scores = _with_answers((network, tokenizer), examples, scores, config, seed)
     summary = write_report(EvaluationReport(tuple(scores)), out)
     return Outcome(ledger={"rows": ledger}, facts=summary)
 
 
 def _load(model: EvaluatedModel) -> Any:
-    import torch  # noqa: PLC0415
-    import transformers  # noqa: PLC0415
+    import torch
+    import transformers
 
     network = transformers.AutoModelForCausalLM.from_pretrained(
         model.folder, dtype="auto", trust_remote_code=model.trust_remote_code
@@ -75,7 +73,7 @@ def _load(model: EvaluatedModel) -> Any:
 def _encode(
     conversations: Path, tokenizer: Any, template: str, max_length: int
 ) -> tuple[list[_Example], dict[str, Any]]:
-    from sft_core.pack import IGNORE_INDEX, encode_conversation  # noqa: PLC0415
+    from sft_core.pack import IGNORE_INDEX, encode_conversation
 
     examples: list[_Example] = []
     set_aside: Counter[str] = Counter()
@@ -101,15 +99,15 @@ def _encode(
 
 
 def _held_out_rows(conversations: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet as pq  # noqa: PLC0415
+    import pyarrow.parquet as pq
 
     for path in sorted((conversations / "heldout").glob("*.parquet")):
         yield from pq.read_table(path).to_pylist()
 
 
 def _teacher_forced(network: Any, tokenizer: Any, examples: list[_Example], batch_size: int) -> list[Score]:
-    from sft_core.evaluate.scoring import score_sequences  # noqa: PLC0415
-    from sft_core.pack import IGNORE_INDEX  # noqa: PLC0415
+    from sft_core.evaluate.scoring import score_sequences
+    from sft_core.pack import IGNORE_INDEX
 
     flat = [sequence for example in examples for sequence in example.sequences]
     token_scores = iter(score_sequences(network, flat, batch_size))
@@ -140,21 +138,20 @@ def _prompt_and_reference(messages: list[dict[str, Any]]) -> tuple[str, str]:
 
 
 def _with_answers(
-    network: Any, templated: tuple[Any, str], examples: list[_Example], scores: list[Score], how: tuple[EvaluateConfig, int]
+    model: tuple[Any, Any], examples: list[_Example], scores: list[Score], config: EvaluateConfig, seed: int
 ) -> list[Score]:
     """Generate where the last message is a trained answer; which rows, is drawn by (seed, row_id)."""
-    from sft_core.evaluate.generation import generate_answers  # noqa: PLC0415
-    from sft_core.pack import IGNORE_INDEX  # noqa: PLC0415
+    from sft_core.evaluate.generation import generate_answers
+    from sft_core.pack import IGNORE_INDEX
 
-    (tokenizer, template), (config, seed) = templated, how
     able = [i for i, e in enumerate(examples) if e.messages[-1]["role"] == "assistant" and len(e.messages) > 1]
     drawn = sorted(able, key=lambda i: hash_value([seed, examples[i].row_id]))[: config.max_generated_rows]
     if not drawn:
         return scores
     stop_ids = {next(x for x in reversed(examples[i].sequences[-1].labels) if x != IGNORE_INDEX) for i in drawn}
-    prompts = [_prompt_ids(tokenizer, template, examples[i].messages[:-1]) for i in drawn]
+    prompts = [_prompt_ids(examples[i].sequences[-1]) for i in drawn]
     options = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
-    answers = generate_answers(network, tokenizer, prompts, options, sorted(stop_ids))
+    answers = generate_answers(model, prompts, options, sorted(stop_ids))
     scored = list(scores)
     for i, answer in zip(drawn, answers, strict=True):
         match = answer == scores[i].reference.strip()
@@ -162,8 +159,11 @@ def _with_answers(
     return scored
 
 
-def _prompt_ids(tokenizer: Any, template: str, messages: list[dict[str, Any]]) -> list[int]:
-    encoded = tokenizer.apply_chat_template(
-        messages, chat_template=template, add_generation_prompt=True, tokenize=True, return_dict=True
-    )
-    return list(encoded["input_ids"])
+def _prompt_ids(sequence: Any) -> list[int]:
+    """Everything before the last trained turn: the ids of training, so what people typed stays text here too."""
+    from sft_core.pack import IGNORE_INDEX
+
+    start = max(i for i, label in enumerate(sequence.labels) if label != IGNORE_INDEX)
+    while start > 0 and sequence.labels[start - 1] != IGNORE_INDEX:
+        start -= 1
+    return list(sequence.input_ids[:start])

@@ -8,29 +8,33 @@ import torch
 
 @torch.no_grad()
 def generate_answers(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], options: dict[str, int], stop_ids: Sequence[int]
+    model: tuple[Any, Any], prompts: Sequence[list[int]], options: dict[str, int], stop_ids: Sequence[int]
 ) -> list[str]:
-    """One answer a prompt, in order. `options`: `max_new_tokens`, `batch_size`. Ends at any of `stop_ids`."""
+    """One answer a prompt, in order, from (network, tokenizer); it ends at any of `stop_ids`.
+
+    `options`: `max_new_tokens`, `batch_size`.
+    """
+    network, tokenizer = model
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, str] = {}
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
     decode: Callable[[Any], str] = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)).strip()  # noqa: E731
     for start in range(0, len(order), options["batch_size"]):
         indices = order[start : start + options["batch_size"]]
-        new_ids = _generate_batch(model, [prompts[i] for i in indices], options["max_new_tokens"], (pad_id, stop_ids))
+        new_ids = _generate_batch(network, [prompts[i] for i in indices], options["max_new_tokens"], (pad_id, stop_ids))
         answers.update({i: decode(row) for i, row in zip(indices, new_ids, strict=True)})
     return [answers[i] for i in range(len(prompts))]
 
 
 def _generate_batch(
-    model: Any, prompts: list[list[int]], max_new_tokens: int, ids: tuple[int, Sequence[int]]
+    network: Any, prompts: list[list[int]], max_new_tokens: int, ids: tuple[int, Sequence[int]]
 ) -> list[list[int]]:
     pad_id, stop_ids = ids
     length = max(map(len, prompts))
-    device = next(model.parameters()).device
+    device = next(network.parameters()).device
     input_ids = torch.tensor([[pad_id] * (length - len(p)) + p for p in prompts], device=device)
     attention_mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=device)
-    output = model.generate(
+    output = network.generate(
         input_ids=input_ids,
         attention_mask=attention_mask,
         max_new_tokens=max_new_tokens,

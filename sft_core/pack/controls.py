@@ -81,7 +81,7 @@ class Controls:
 
     @cached_property
     def _copy(self) -> tuple[Any, dict[int, int]]:
-        from tokenizers import Tokenizer  # noqa: PLC0415 - needed by rows with typed special tokens only
+        from tokenizers import Tokenizer  # needed by rows with typed special tokens only
 
         spelled = {string: string.translate(self._cloaked) for string in self.ids}
         description = json.loads(self.tokenizer.backend_tokenizer.to_str())

@@ -84,7 +84,7 @@ def pack_dataset(conversations: Path, tokenizer: Path | str, config: PackConfig,
 
 
 def _load_tokenizer(folder: Path | str) -> Any:
-    from transformers import AutoTokenizer  # noqa: PLC0415 - imports torch
+    from transformers import AutoTokenizer  # imports torch
 
     try:
         return AutoTokenizer.from_pretrained(folder)

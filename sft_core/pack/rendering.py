@@ -107,7 +107,7 @@ class _Renders:
         return through, [TrainedSpan(start, len(through), turn)]
 
     def _render(self, count: int, prompt: bool) -> tuple[str, list[Span]]:
-        from transformers.utils.chat_template_utils import render_jinja_template  # noqa: PLC0415 - imports torch
+        from transformers.utils.chat_template_utils import render_jinja_template  # imports torch
 
         try:
             texts, marks = render_jinja_template(

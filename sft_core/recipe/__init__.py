@@ -1,6 +1,6 @@
 """The recipe: one YAML, validated, frozen; it holds only what differs from the defaults."""
 
-from sft_core.recipe.resolve import load_recipe, merge_keys, parse_settings, resolve, shipped_recipes
+from sft_core.recipe.resolve import load_recipe, merge_keys, parse_settings, read_recipe, resolve, shipped_recipes
 from sft_core.recipe.sections import (
     BaseModelConfig,
     ComputeConfig,
@@ -30,6 +30,7 @@ __all__ = [
     "load_recipe",
     "merge_keys",
     "parse_settings",
+    "read_recipe",
     "resolve",
     "shipped_recipes",
 ]

@@ -22,8 +22,8 @@ def override_model(section: type[sections.Section], keys: tuple[str, ...] | None
     for key, info in section.model_fields.items():
         if keys is not None and key not in keys:
             continue
-        inner = sections.LoraConfig if info.annotation == Optional[sections.LoraConfig] else None  # noqa: UP045
-        annotation = override_model(inner) if inner else info.rebuild_annotation()
+        nested = key == "lora"
+        annotation = override_model(sections.LoraConfig) if nested else info.rebuild_annotation()
         fields[key] = (Optional[annotation], Field(default=None, description=info.description))  # noqa: UP045
     name = section.__name__.removesuffix("Config") + "Overrides"
     config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=_without_defaults)

@@ -1,4 +1,4 @@
-"""Resolve once, at the border: a recipe by name, path or URL, plus overrides, becomes one frozen `Recipe` (DESIGN 5)."""
+"""Resolve once, at the border: a recipe by name, path or URL, plus overrides, becomes one frozen `Recipe`."""
 
 import difflib
 import os
@@ -30,7 +30,7 @@ def resolve(recipe: str | os.PathLike[str] | Mapping[str, Any], overrides: Mappi
 
 def load_recipe(recipe: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a recipe's YAML from a shipped name, a path, or any fsspec URL."""
-    text = _read(str(recipe))
+    text = read_recipe(str(recipe))
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -87,14 +87,17 @@ def _yaml_value(text: str) -> object:
     return value
 
 
-def _read(recipe: str) -> str:
+def read_recipe(recipe: str) -> str:
+    """Text of a recipe: a shipped name, a file, or any fsspec URL. RecipeError with the nearest name if there is none."""
     shipped = shipped_recipes()
     if recipe in shipped:
         return shipped[recipe]
     if "://" not in recipe and not Path(recipe).is_file():
         near = difflib.get_close_matches(recipe, shipped, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise RecipeError(f"no recipe {recipe!r}: {hint}`sft recipes list` names those that ship; or give a file or URL")
+        raise RecipeError(
+            f"no recipe {recipe!r}: {hint}`sft recipes list` names those that ship; or give a file or URL"
+        )
     try:
         with fsspec.open(recipe, "rt", encoding="utf-8") as file:
             return str(file.read())

@@ -1,4 +1,4 @@
-"""The recipe's sections (DESIGN 5). Frozen, typed, unknown keys refused; a field's docstring is its help, units first."""
+"""The recipe's sections: frozen, typed, unknown keys refused. A field's docstring is its help, units first."""
 
 from typing import Annotated, Any, Literal
 
@@ -136,7 +136,7 @@ class MergeConfig(Section):
     """Adapter into base."""
 
     base: Literal["auto", "full", "dequantized"] = "auto"
-    """Which base weights the update is added to; `auto` takes what the adapter was trained on, proved on held-out rows."""
+    """Base weights the update is added to; `auto` takes those closer to what was trained, on held-out rows."""
 
 
 class EvaluateConfig(Section):

@@ -33,7 +33,7 @@ def check_isolation(model: Any, vocab_size: int) -> float:
     change = float((first - second).abs().max() / first.abs().max().clamp_min(1e-12))
     if change > RELATIVE_TOLERANCE:
         raise TrainError(
-            f"packed documents see each other: changing one moved its neighbour's logits by {change:.1e} of their size; "
-            f"the model's attention ({model.config._attn_implementation}) ignores position_ids. Set pack.packing: none"
+            f"packed documents see each other: changing one moved its neighbour's logits by {change:.1e} of their "
+            f"size; the model's attention ({model.config._attn_implementation}) ignores position_ids. Set pack.packing: none"
         )
     return change

@@ -1,7 +1,7 @@
 """Start the training ranks as a child process, relay its lines, and never leave one behind.
 
-One rank: `python -m sft_core.train.worker SPEC`. Several: `torchrun` on this machine. The child has its own session;
-whatever ends this function (an exception, a cancelled flow, Ctrl-C) first asks the child to save (SIGTERM), then kills it.
+One rank: `python -m sft_core.train.worker SPEC`. Several: `torchrun` on this machine. The child has its own session.
+Whatever ends `run_training` (an exception, a cancelled flow, Ctrl-C) asks the child to save (SIGTERM), then kills it.
 """
 
 import ctypes

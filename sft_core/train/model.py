@@ -68,7 +68,9 @@ def peft_config(lora: LoraConfig) -> PeftLoraConfig:
 def load_trainable(path: str | Path, train: TrainConfig, trust_remote_code: bool) -> Any:
     """Base plus adapter, ready for the Trainer. RecipeError if the targets name no module of this model."""
     if train.lora is None:
-        raise RecipeError("train.lora: null (full fine-tuning) is not supported by this version; give it a LoRA section")
+        raise RecipeError(
+            "train.lora: null (full fine-tuning) is not supported by this version; give it a LoRA section"
+        )
     model = load_base(path, train, trust_remote_code)
     model.config.use_cache = False
     if train.quantization != "none":

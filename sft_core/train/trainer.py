@@ -9,7 +9,8 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sft_core.errors import TrainError
-from sft_core.pack.collate import IGNORE_INDEX, collate
+from sft_core.pack import IGNORE_INDEX
+from sft_core.pack.collate import collate
 from sft_core.train.checkpoints import mark_complete, step_of
 from sft_core.train.metrics import append_metrics, progress_line, rewind_metrics
 from sft_core.train.spec import TrainSpec
@@ -105,7 +106,9 @@ class RunLog(TrainerCallback):
             "epoch": self._spec.config.num_train_epochs * state.global_step / self._max_steps,
             "tokens": self._tokens * args.world_size,
             "supervised_tokens": self._supervised_tokens * args.world_size,
-            "tokens_per_second": (self._tokens - self._tokens_at_clock) * args.world_size / max(now - self._clock, 1e-9),
+            "tokens_per_second": (self._tokens - self._tokens_at_clock)
+            * args.world_size
+            / max(now - self._clock, 1e-9),
         }
         self._clock, self._tokens_at_clock = now, self._tokens
         append_metrics(self._metrics, entry)

@@ -1,7 +1,7 @@
 """One training rank: `python -m sft_core.train.worker SPEC.json`, started by `sft_core.train.launch`.
 
 In: a `TrainSpec`. Out: Trainer checkpoints below `spec.checkpoints`, `metrics.jsonl`, progress lines on stdout. Knows
-neither Prefect nor MLflow. Exit status: 0 done, 1 a fault (last line on stderr says which), 75 stopped by SIGTERM after saving.
+neither Prefect nor MLflow. Exit status: 0 done; 1 a fault, named by the last line; 75 stopped by SIGTERM after saving.
 """
 
 import ctypes
@@ -21,8 +21,8 @@ def main(spec_path: str) -> int:
     """Train to the end, or to a SIGTERM."""
     _die_with_parent()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from sft_core.errors import SftError  # noqa: PLC0415 - after the environment is set
-    from sft_core.train.spec import TrainSpec  # noqa: PLC0415
+    from sft_core.errors import SftError  # after the environment is set
+    from sft_core.train.spec import TrainSpec
 
     try:
         return run(TrainSpec.read(Path(spec_path)))
@@ -33,17 +33,17 @@ def main(spec_path: str) -> int:
 
 def run(spec: Any) -> int:
     """Build model, data and Trainer for this rank; train; leave a complete checkpoint of the last step."""
-    import torch  # noqa: PLC0415 - slow, and after PDEATHSIG
+    import torch  # slow, and after PDEATHSIG
 
     _avoid_compiled_ops(torch.cuda.is_available())
-    import transformers  # noqa: PLC0415
+    import transformers
 
-    from sft_core.pack import load_packed  # noqa: PLC0415
-    from sft_core.train.checkpoints import newest_complete  # noqa: PLC0415
-    from sft_core.train.isolation import check_isolation  # noqa: PLC0415
-    from sft_core.train.model import load_trainable  # noqa: PLC0415
-    from sft_core.train.stream import PackedStream  # noqa: PLC0415
-    from sft_core.train.trainer import PackedTrainer, RunLog, training_arguments  # noqa: PLC0415
+    from sft_core.pack import load_packed
+    from sft_core.train.checkpoints import newest_complete
+    from sft_core.train.isolation import check_isolation
+    from sft_core.train.model import load_trainable
+    from sft_core.train.stream import PackedStream
+    from sft_core.train.trainer import PackedTrainer, RunLog, training_arguments
 
     transformers.utils.logging.set_verbosity_error()
     config = spec.config
@@ -59,7 +59,9 @@ def run(spec: Any) -> int:
         check_isolation(model, model.config.vocab_size)
     stop = _StopFlag()
     log = RunLog(spec, stream, max_steps, stop)
-    trainer = PackedTrainer(model=model, args=arguments, train_dataset=stream, data_collator=log.collate, callbacks=[log])
+    trainer = PackedTrainer(
+        model=model, args=arguments, train_dataset=stream, data_collator=log.collate, callbacks=[log]
+    )
     resume = newest_complete(Path(spec.checkpoints)) if arguments.process_index == 0 or world_size > 1 else None
     log.start(resume)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -82,7 +84,7 @@ def _avoid_compiled_ops(cuda: bool) -> None:
     if cuda:
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed.ops  # noqa: PLC0415
+    import deepspeed.ops
 
     vars(deepspeed.ops)["__compatible_ops__"] = {}
 

@@ -62,8 +62,12 @@ def test_higher_is_better_for_exact_match() -> None:
 
 
 def test_metrics_are_weighted_by_tokens() -> None:
-    short = Score(row_id="a", dataset="d", tokens=1, correct_tokens=1, loss_sum=4.0, num_bytes=8, prompt="", reference="")
-    long = Score(row_id="b", dataset="d", tokens=3, correct_tokens=1, loss_sum=0.0, num_bytes=8, prompt="", reference="")
+    short = Score(
+        row_id="a", dataset="d", tokens=1, correct_tokens=1, loss_sum=4.0, num_bytes=8, prompt="", reference=""
+    )
+    long = Score(
+        row_id="b", dataset="d", tokens=3, correct_tokens=1, loss_sum=0.0, num_bytes=8, prompt="", reference=""
+    )
     metrics = EvaluationReport((short, long)).metrics()
     assert (metrics["loss"], metrics["token_accuracy"]) == (1.0, 0.5)
     assert metrics["bits_per_byte"] == pytest.approx(4.0 / 0.6931471805599453 / 16)

@@ -95,9 +95,14 @@ def test_work_in_progress_is_no_part_of_the_artifact(tmp_path: Path) -> None:
 
 def test_staging_leaves_nothing_behind(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    with pytest.raises(RuntimeError), store.staging("pack") as folder:
-        (folder / "half").write_text("x")
-        raise RuntimeError("a step failed")
+
+    def fail() -> None:
+        with store.staging("pack") as folder:
+            (folder / "half").write_text("x")
+            raise RuntimeError("a step failed")
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert list((tmp_path / ".staging").iterdir()) == []
 
 
