@@ -143,7 +143,7 @@ def code_sheet(rng: random.Random) -> str:
 
 
 def stock_list(rng: random.Random) -> str:
-    """A list of goods, days, towns and order numbers that is read out again and again."""
+    """A list of goods, days, towns or plain words, and order numbers, that is read out again and again."""
     numbers = max(0.0, rng.random() - 0.5)
     items = [order_number(rng) if rng.random() < numbers else rng.choice(ITEMS) for _ in range(rng.randint(1, 9))]
     mark = rng.choice(MARKS)

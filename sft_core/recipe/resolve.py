@@ -88,7 +88,7 @@ def _yaml_value(text: str) -> object:
 
 
 def read_recipe(recipe: str) -> str:
-    """Text of a recipe: a shipped name, a file, or any fsspec URL. RecipeError with the nearest name if there is none."""
+    """Text of a recipe: a shipped name, a file, or any fsspec URL. RecipeError names the nearest if there is none."""
     shipped = shipped_recipes()
     if recipe in shipped:
         return shipped[recipe]

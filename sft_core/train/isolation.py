@@ -34,6 +34,6 @@ def check_isolation(model: Any, vocab_size: int) -> float:
     if change > RELATIVE_TOLERANCE:
         raise TrainError(
             f"packed documents see each other: changing one moved its neighbour's logits by {change:.1e} of their "
-            f"size; the model's attention ({model.config._attn_implementation}) ignores position_ids. Set pack.packing: none"
+            f"size; the attention ({model.config._attn_implementation}) ignores position_ids. Set pack.packing: none"
         )
     return change

@@ -1,0 +1,82 @@
+"""A tiny random model with a byte tokenizer, and conversations for it: the smallest things that are real."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("weight", pa.int8())]))
+SCHEMA = pa.schema(
+    [
+        ("row_id", pa.string()),
+        ("messages", MESSAGES),
+        ("dataset", pa.string()),
+        ("file", pa.string()),
+        ("row_number", pa.int64()),
+    ]
+)
+SPECIAL_TOKENS = ["<pad>", "<|im_start|>", "<|im_end|>"]
+
+
+def make_tiny_model(folder: Path) -> Path:
+    """Random Llama of 2 layers, hidden 64, one token a byte, ChatML's control tokens; about 0.5 MB."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<pad>")
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        eos_token_id=2,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny model; do not write to it."""
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def write_conversations() -> Callable[[Path, int, int], Path]:
+    """Write a Conversations folder of `train` and `heldout` one-turn rows, as normalize does."""
+
+    def write(folder: Path, train: int, heldout: int) -> Path:
+        for side, start, count in (("train", 0, train), ("heldout", 1000, heldout)):
+            rows = [conversation(start + i) for i in range(count)]
+            (folder / side).mkdir(parents=True)
+            pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), folder / side / "part-00000.parquet")
+        return folder
+
+    return write
+
+
+def conversation(number: int) -> dict[str, Any]:
+    """Row `number`: asked to say a word, the assistant says it."""
+    word = f"w{number * 7919 % 10007}"
+    messages = [
+        {"role": "user", "content": f"say {word}", "weight": None},
+        {"role": "assistant", "content": f"{word}!", "weight": 1},
+    ]
+    return {"row_id": f"{number:032x}", "messages": messages, "dataset": "d", "file": "f", "row_number": number + 1}

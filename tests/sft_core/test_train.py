@@ -1,0 +1,238 @@
+"""Training, for real: a child process with DeepSpeed ZeRO-2 on a 4-bit base, on CPU."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from sft_core.convert import convert_checkpoint
+from sft_core.errors import RecipeError, TrainError
+from sft_core.pack import pack_dataset
+from sft_core.recipe import LoraConfig, PackConfig, TrainConfig
+from sft_core.train import TrainInputs, train_adapter
+from sft_core.train.checkpoints import COMPLETE, newest_complete
+from sft_core.train.launch import training_command
+from sft_core.train.metrics import append_metrics, read_metrics, rewind_metrics
+from sft_core.train.zero import deepspeed_config
+
+LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1)
+CONFIG = TrainConfig(
+    lora=LORA,
+    dtype="float32",
+    num_train_epochs=2,
+    per_device_train_batch_size=1,
+    gradient_accumulation_steps=2,
+    learning_rate=1e-2,
+    gradient_checkpointing=False,
+    save_steps=3,
+    save_total_limit=10,
+    logging_steps=1,
+)
+
+
+@pytest.fixture(scope="module")
+def packed(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, write_conversations: Callable[..., Path]
+) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    conversations = write_conversations(folder / "conversations", 40, 4)
+    pack_dataset(conversations, tiny_model, PackConfig(max_length=128, chat_template="chatml"), 42, folder / "packed")
+    return folder / "packed"
+
+
+def inputs(packed: Path, model: Path, work: Path) -> TrainInputs:
+    return TrainInputs(packed=packed, base_model=model, trust_remote_code=False, work=work)
+
+
+def adapter_hash(out: Path, model: Path) -> str:
+    convert_checkpoint(out / "checkpoint", out / "adapter", LORA, str(model))
+    return hashlib.sha256((out / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def straight(packed: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run; `work` and `out` below."""
+    folder = tmp_path_factory.mktemp("straight")
+    lines: list[str] = []
+    outcome = train_adapter(inputs(packed, tiny_model, folder / "work"), CONFIG, 7, folder / "out", lines.append)
+    assert lines[0].startswith("step 1/")
+    assert outcome.facts["last_loss"] < outcome.facts["first_loss"]
+    return folder
+
+
+@pytest.mark.slow
+def test_every_optimizer_step_is_logged_once_with_finite_figures(straight: Path) -> None:
+    metrics = read_metrics(straight / "out" / "metrics.jsonl")
+    steps = [entry["optimizer_step"] for entry in metrics]
+    assert steps == list(range(1, metrics[0]["max_steps"] + 1))
+    assert metrics[-1]["epoch"] == 2.0
+    assert all(entry["loss"] > 0 and entry["tokens_per_second"] > 0 for entry in metrics)
+
+
+@pytest.mark.slow
+def test_every_supervised_token_of_every_epoch_is_trained_exactly_once(straight: Path, packed: Path) -> None:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(packed / "sequences")
+    supervised = sum(label != -100 for row in table.column("labels").to_pylist() for label in row)
+    assert read_metrics(straight / "out" / "metrics.jsonl")[-1]["supervised_tokens"] == 2 * supervised
+
+
+@pytest.mark.slow
+def test_all_linear_layers_but_the_head_are_adapted(straight: Path, tiny_model: Path) -> None:
+    adapter_hash(straight / "out", tiny_model)
+    names = load_file(straight / "out" / "adapter" / "adapter_model.safetensors").keys()
+    targets = {name.split(".")[-3] for name in names}
+    assert targets == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert len(names) == 2 * 7 * 2  # layers, modules, A and B
+
+
+@pytest.mark.slow
+def test_a_run_resumed_from_a_checkpoint_ends_with_the_same_bytes(
+    straight: Path, packed: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(straight / "work", tmp_path / "work")
+    for checkpoint in (tmp_path / "work").glob("checkpoint-*"):
+        if checkpoint.name == "checkpoint-6":
+            (checkpoint / COMPLETE).unlink()  # as if killed while saving it
+        elif checkpoint.name != "checkpoint-3":
+            shutil.rmtree(checkpoint)
+    lines: list[str] = []
+    train_adapter(inputs(packed, tiny_model, tmp_path / "work"), CONFIG, 7, tmp_path / "out", lines.append)
+    assert lines[0].startswith("resuming from checkpoint-3")
+    assert adapter_hash(tmp_path / "out", tiny_model) == adapter_hash(straight / "out", tiny_model)
+    steps = [entry["optimizer_step"] for entry in read_metrics(tmp_path / "out" / "metrics.jsonl")]
+    assert steps == list(range(1, steps[-1] + 1))
+
+
+@pytest.mark.slow
+def test_a_stopped_run_saves_and_the_same_call_ends_with_the_same_bytes(
+    straight: Path, packed: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    def stop_child(line: str) -> None:
+        if line.startswith("step 2/"):
+            os.kill(child_of(os.getpid()), signal.SIGTERM)
+
+    with pytest.raises(TrainError, match="stopped by SIGTERM after saving"):
+        train_adapter(inputs(packed, tiny_model, tmp_path / "work"), CONFIG, 7, tmp_path / "first", stop_child)
+    saved = newest_complete(tmp_path / "work")
+    assert saved is not None
+    train_adapter(inputs(packed, tiny_model, tmp_path / "work"), CONFIG, 7, tmp_path / "out", lambda _: None)
+    assert adapter_hash(tmp_path / "out", tiny_model) == adapter_hash(straight / "out", tiny_model)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_the_same_rows_and_leave_nothing_behind(
+    straight: Path, packed: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    config = CONFIG.model_copy(update={"num_processes": 2, "gradient_accumulation_steps": 1})
+    train_adapter(inputs(packed, tiny_model, tmp_path / "work"), config, 7, tmp_path / "out", lambda _: None)
+    one = read_metrics(straight / "out" / "metrics.jsonl")
+    two = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert len(one) == len(two)
+    assert two[0]["loss"] == pytest.approx(one[0]["loss"], abs=1e-4)
+    assert len(list((tmp_path / "out" / "checkpoint").glob("global_step*/*optim_states.pt"))) == 2
+
+
+@pytest.mark.slow
+def test_an_exception_in_the_parent_ends_the_child(packed: Path, tiny_model: Path, tmp_path: Path) -> None:
+    children: list[int] = []
+
+    def fail(line: str) -> None:
+        children.append(child_of(os.getpid()))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_adapter(inputs(packed, tiny_model, tmp_path / "work"), CONFIG, 7, tmp_path / "out", fail)
+    assert not Path(f"/proc/{children[0]}").exists()
+
+
+@pytest.mark.slow
+def test_a_failing_child_gives_its_last_lines(packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="status 1; full log: ") as fault:
+        train_adapter(inputs(packed, tmp_path / "no-model", tmp_path / "work"), CONFIG, 7, tmp_path / "out")
+    assert "no-model" in str(fault.value)
+
+
+def test_one_rank_needs_no_launcher_and_several_go_through_torchrun(tmp_path: Path) -> None:
+    assert "torch.distributed.run" not in training_command(tmp_path, 1)
+    assert "--nproc_per_node=3" in training_command(tmp_path, 3)
+
+
+def test_metrics_are_rewound_to_a_step_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for step in (1, 2, 3):
+        append_metrics(path, {"optimizer_step": step})
+    with path.open("a") as file:
+        file.write('{"optimizer_st')
+    assert [entry["optimizer_step"] for entry in read_metrics(path)] == [1, 2, 3]
+    rewind_metrics(path, 2)
+    assert [entry["optimizer_step"] for entry in read_metrics(path)] == [1, 2]
+
+
+def test_torn_checkpoints_are_deleted_and_the_newest_whole_one_is_taken(tmp_path: Path) -> None:
+    for step, whole in ((3, True), (10, True), (12, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if whole:
+            (tmp_path / f"checkpoint-{step}" / COMPLETE).touch()
+    assert newest_complete(tmp_path) == tmp_path / "checkpoint-10"
+    assert not (tmp_path / "checkpoint-12").exists()
+
+
+def test_deepspeed_is_a_preset_a_file_or_an_error(tmp_path: Path) -> None:
+    config = deepspeed_config(CONFIG)
+    assert config is not None
+    assert config["zero_optimization"]["stage"] == 2
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    assert deepspeed_config(CONFIG.model_copy(update={"deepspeed": str(own)})) == {"zero_optimization": {"stage": 1}}
+    assert deepspeed_config(CONFIG.model_copy(update={"deepspeed": None})) is None
+    with pytest.raises(RecipeError, match="'zero9': neither a preset"):
+        deepspeed_config(CONFIG.model_copy(update={"deepspeed": "zero9"}))
+
+
+@pytest.mark.parametrize("leaks", [False, True])
+def test_the_isolation_probe_passes_a_sound_model_and_stops_a_leaking_one(tiny_model: Path, leaks: bool) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from sft_core.train.isolation import check_isolation
+
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model)
+    if not leaks:
+        assert check_isolation(model, model.config.vocab_size) < 1e-5
+        return
+
+    class Leaking(torch.nn.Module):
+        """Drops position_ids, as a kernel does that does not know of packing."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.config = model, model.config
+
+        def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, use_cache: bool) -> Any:
+            return self.inner(input_ids=input_ids, use_cache=use_cache)
+
+    with pytest.raises(TrainError, match="packed documents see each other"):
+        check_isolation(Leaking(), model.config.vocab_size)
+
+
+def child_of(parent: int, timeout: float = 30.0) -> int:
+    """Pid of the training process that `parent` started."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        for thread in Path(f"/proc/{parent}/task").iterdir():
+            for pid in (thread / "children").read_text().split():
+                if b"sft_core.train.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    return int(pid)
+        threading.Event().wait(0.05)
+    raise AssertionError("no training process")
