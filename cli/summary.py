@@ -1,6 +1,8 @@
 """What a run ends with: rows, loss, what was registered, answers before and after, what to type next."""
 
 import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +106,17 @@ def _short(text: str) -> str:
 
 
 def _commands(recipe: Recipe) -> list[tuple[str, str]]:
+    """What to type to talk to the model and to look at the run; where a server is configured, its address."""
+    programs = "" if shutil.which("sft") else f"{os.path.relpath(Path(sys.executable).parent)}/"
     tracking = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{Path('mlflow.db').resolve()}")
-    prefix = "".join(f"{k}={os.environ[k]} " for k in ("MLFLOW_TRACKING_URI",) if k in os.environ)
+    given = f"MLFLOW_TRACKING_URI={tracking} " if "MLFLOW_TRACKING_URI" in os.environ else ""
     home = f"PREFECT_HOME={os.environ['PREFECT_HOME']} " if "PREFECT_HOME" in os.environ else ""
-    mlflow_ui = tracking if tracking.startswith("http") else f"mlflow ui --backend-store-uri {tracking}"
-    prefect_ui = os.environ.get("PREFECT_API_URL", f"{home}prefect server start").removesuffix("/api")
+    mlflow_ui = f"{programs}mlflow ui --backend-store-uri {tracking}   (then http://127.0.0.1:5000)"
+    prefect_ui = f"{home}{programs}prefect server start   (then http://127.0.0.1:4200)"
+    if "PREFECT_API_URL" in os.environ:
+        prefect_ui = os.environ["PREFECT_API_URL"].removesuffix("/api")
     return [
-        ("chat", f"{prefix}sft chat models:/{recipe.model_name}@champion"),
-        ("MLflow", f"{mlflow_ui}   (then http://127.0.0.1:5000)" if "://127" not in tracking else mlflow_ui),
-        ("Prefect", f"{prefect_ui}   (then http://127.0.0.1:4200)" if "http" not in prefect_ui else prefect_ui),
+        ("chat", f"{given}{programs}sft chat models:/{recipe.model_name}@champion"),
+        ("MLflow", tracking if tracking.startswith("http") else mlflow_ui),
+        ("Prefect", prefect_ui),
     ]

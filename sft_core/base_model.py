@@ -1,5 +1,6 @@
 """The base model: where its files are and what identifies them (DESIGN 3: a commit, or the hash of its files)."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from sft_core.fingerprint import hash_folder, hash_value
 from sft_core.recipe import BaseModelConfig
 
 MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")
+COMMIT = re.compile("[0-9a-f]{40}")
 TOKENIZER_PREFIXES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")
 
 
@@ -46,16 +48,16 @@ def local_base_model(config: BaseModelConfig, commit: str | None) -> Path:
 
 
 def _hub_commit(config: BaseModelConfig) -> str:
-    import httpx
+    if COMMIT.fullmatch(config.revision or ""):
+        return str(config.revision)
     from huggingface_hub import HfApi  # slow to import
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
         commit = HfApi().model_info(config.path, revision=config.revision).sha
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - the hub's client raises its HTTP library's own errors
         raise ModelError(
-            f"base_model.path {config.path!r}: no such folder ({Path(config.path).resolve()}), "
-            f"and not reachable as a hub id: {str(error).splitlines()[0]}"
-        ) from None
+            f"base_model.path {config.path!r}: no such folder ({Path(config.path).resolve()}), and not reachable as a "
+            f"hub id: {type(error).__name__}: {str(error).splitlines()[0]}. Offline, name a folder or a 40-digit revision"
+        ) from error
     assert commit is not None, "the hub gives a commit for every revision"
     return commit

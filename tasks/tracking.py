@@ -104,7 +104,10 @@ def _run_id(recipe: Recipe, plan: Plan, part: str | None) -> str:
     if found is not None:
         return found
     experiment = client().get_experiment_by_name(recipe.name)
-    experiment_id = experiment.experiment_id if experiment else client().create_experiment(recipe.name)
+    if experiment is None:
+        experiment_id = client().create_experiment(recipe.name, artifact_location=_artifact_folder(recipe.name))
+    else:
+        experiment_id = experiment.experiment_id
     tags = {RETRAINING: plan.fingerprint, PART: part or "retraining"}
     parent_id = find_run(recipe, plan, None)
     if part is not None and parent_id is not None:
@@ -113,6 +116,14 @@ def _run_id(recipe: Recipe, plan: Plan, part: str | None) -> str:
     if part is None:
         _record_recipe(run.info.run_id, recipe, plan)
     return str(run.info.run_id)
+
+
+def _artifact_folder(name: str) -> str | None:
+    """Beside the database where MLflow is a local SQLite file, whatever the current directory; else the server's own."""
+    uri = mlflow.get_tracking_uri()
+    if not uri.startswith("sqlite:///"):
+        return None
+    return (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts" / name).as_uri()
 
 
 def _record_recipe(run_id: str, recipe: Recipe, plan: Plan) -> None:
