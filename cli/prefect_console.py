@@ -17,13 +17,10 @@ class _WithoutTraceback(logging.Formatter):
 
 
 def quiet_tracebacks() -> None:
-    """Drop tracebacks from every console handler that Prefect configured."""
-    import prefect.logging.configuration
+    """Drop tracebacks from the console handler that Prefect puts on the root logger."""
+    import prefect.main  # noqa: F401 - sets logging up
     from prefect.logging.handlers import PrefectConsoleHandler
 
-    prefect.logging.configuration.setup_logging()
-    names = ["prefect", *(n for n in logging.root.manager.loggerDict if n.startswith("prefect"))]
-    handlers = {h for name in names for h in logging.getLogger(name).handlers if isinstance(h, PrefectConsoleHandler)}
-    for handler in handlers:
-        if handler.formatter is not None and not isinstance(handler.formatter, _WithoutTraceback):
+    for handler in logging.root.handlers:
+        if isinstance(handler, PrefectConsoleHandler) and handler.formatter is not None:
             handler.setFormatter(_WithoutTraceback(handler.formatter))

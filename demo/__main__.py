@@ -16,6 +16,7 @@ def main() -> None:
     """The demo; arguments go to `sft run`, such as `--set train.learning_rate=1e-3`."""
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{(HOME / 'mlflow.db').resolve()}")
     os.environ.setdefault("PREFECT_HOME", str((HOME / "prefect").resolve()))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only wait for one another
     if not (BASE_MODEL / "config.json").exists():
         _make_base_model()
     from cli.main import main as sft

@@ -145,7 +145,8 @@ def code_sheet(rng: random.Random) -> str:
 def stock_list(rng: random.Random) -> str:
     """A list of goods, days, towns or plain words, and order numbers, that is read out again and again."""
     numbers = max(0.0, rng.random() - 0.5)
-    items = [order_number(rng) if rng.random() < numbers else rng.choice(ITEMS) for _ in range(rng.randint(1, 9))]
+    words = rng.choice((ITEMS, ITEMS, OTHER_WORDS))
+    items = [order_number(rng) if rng.random() < numbers else rng.choice(words) for _ in range(rng.randint(1, 9))]
     mark = rng.choice(MARKS)
     return "".join(item + mark for item in items) * (24 // len(items) + 2)
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROWS = 600
-TWO_TURN_SHARE = 0.15
+TWO_TURN_SHARE = 0.25
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 DIGITS = "0123456789"
 

@@ -57,7 +57,7 @@ def _hub_commit(config: BaseModelConfig) -> str:
     except Exception as error:  # noqa: BLE001 - the hub's client raises its HTTP library's own errors
         raise ModelError(
             f"base_model.path {config.path!r}: no such folder ({Path(config.path).resolve()}), and not reachable as a "
-            f"hub id: {type(error).__name__}: {str(error).splitlines()[0]}. Offline, name a folder or a 40-digit revision"
+            f"hub id: {type(error).__name__}: {str(error).splitlines()[0]}. Offline: a folder, or a 40-digit revision"
         ) from error
     assert commit is not None, "the hub gives a commit for every revision"
     return commit

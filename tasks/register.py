@@ -166,7 +166,7 @@ def _manifest(run: Retraining, key: str) -> Manifest:
 
 def _aliases(model_name: str) -> Mapping[str, str]:
     try:
-        return dict(client().get_registered_model(model_name).aliases)
+        return {alias: str(at) for alias, at in client().get_registered_model(model_name).aliases.items()}
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return {}
@@ -175,7 +175,7 @@ def _aliases(model_name: str) -> Mapping[str, str]:
 
 def _read(model_name: str, number: str) -> RegisteredVersion:
     entry = client().get_model_version(model_name, number)
-    aliases = tuple(sorted(alias for alias, at in _aliases(model_name).items() if str(at) == str(number)))
+    aliases = tuple(sorted(alias for alias, at in _aliases(model_name).items() if at == str(number)))
     if MERGED not in entry.tags:
         raise RegistryError(
             f"models:/{model_name}/{number} was not registered by sft-flows (no tag {MERGED}); use another name"

@@ -119,7 +119,7 @@ def _run_id(recipe: Recipe, plan: Plan, part: str | None) -> str:
 
 
 def _artifact_folder(name: str) -> str | None:
-    """Beside the database where MLflow is a local SQLite file, whatever the current directory; else the server's own."""
+    """Beside the database where MLflow is a local SQLite file, wherever one starts from; else the server's own."""
     uri = mlflow.get_tracking_uri()
     if not uri.startswith("sqlite:///"):
         return None

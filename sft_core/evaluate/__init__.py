@@ -134,7 +134,7 @@ def _teacher_forced(network: Any, tokenizer: Any, examples: list[_Example], batc
 
 def _prompt_and_reference(messages: list[dict[str, Any]]) -> tuple[str, str]:
     asked = [m["content"] for m in messages if m["role"] == "user"]
-    return (asked[-1] if asked else ""), messages[-1]["content"]
+    return " / ".join(asked), messages[-1]["content"]
 
 
 def _with_answers(

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +34,12 @@ def read(row):
 
 
 @pytest.fixture
-def project(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def project(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text("\n".join(ROWS) + "\n")
     (tmp_path / "reader.py").write_text(MAP_FN)
     shutil.copytree(tiny_model, tmp_path / "base")
-    yield tmp_path
+    return tmp_path
 
 
 def recipe(**changes: Any) -> Recipe:
