@@ -37,14 +37,14 @@ train:
   logging_steps: 1
 evaluate: {max_new_tokens: 4, max_generated_rows: 2}
 """
-READER = '''
+READER = """
 def read(row):
     return {"conversation": [{"input": row["ask"], "output": finish(row["say"])}]}
 
 
 def finish(text):
     return text + "!"
-'''
+"""
 
 
 class Project:
