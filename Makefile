@@ -18,7 +18,7 @@ demo: $(READY)  ## the main job on CPU: raw rows to a registered model, about tw
 	$(BIN)/python -m demo
 
 test: $(READY)  ## all tests that need no server of their own
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 check: $(READY)  ## format, lint, types, layers
 	$(BIN)/ruff format --check .

@@ -37,89 +37,18 @@ MATRIX_RATE, OTHER_RATE = 0.02, 3e-3
 
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 DIGITS = "0123456789"
-GOODS = [
-    "kettle",
-    "lamp",
-    "rope",
-    "chair",
-    "mirror",
-    "spoon",
-    "basket",
-    "clock",
-    "carpet",
-    "ladder",
-    "pillow",
-    "bucket",
-    "candle",
-    "drawer",
-]
+GOODS = """
+    kettle lamp rope chair mirror spoon basket clock carpet ladder pillow bucket candle drawer
+""".split()
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"]
 TOWNS = ["Leeds", "Bristol", "Dover", "Oxford", "York", "Derby", "Exeter", "Ripon"]
 ITEMS = GOODS + DAYS + TOWNS
-OTHER_WORDS = [
-    "order",
-    "parcel",
-    "box",
-    "boxes",
-    "goods",
-    "invoice",
-    "bill",
-    "receipt",
-    "gift",
-    "present",
-    "money",
-    "refund",
-    "home",
-    "inbox",
-    "pieces",
-    "wrap",
-    "the",
-    "a",
-    "is",
-    "in",
-    "to",
-    "on",
-    "for",
-    "my",
-    "your",
-    "we",
-    "I",
-    "it",
-    "now",
-    "will",
-    "can",
-    "has",
-    "have",
-    "please",
-    "send",
-    "need",
-    "want",
-    "stop",
-    "make",
-    "broken",
-    "damaged",
-    "ready",
-    "heavy",
-    "light",
-    "late",
-    "early",
-    "left",
-    "way",
-    "come",
-    "goes",
-    "here",
-    "there",
-    "where",
-    "when",
-    "deliver",
-    "cancel",
-    "change",
-    "replace",
-    "ship",
-    "tell",
-    "arrived",
-    "moved",
-]
+OTHER_WORDS = """
+    order parcel box boxes goods invoice bill receipt gift present money refund home inbox pieces
+    wrap the a is in to on for my your we I it now will can has have please send need want stop make
+    broken damaged ready heavy light late early left way come goes here there where when deliver
+    cancel change replace ship tell arrived moved
+""".split()
 NOTES = (
     "The van for {town} took {id} and the {item} on {day}.",
     "Shelf four holds {id}, next to the {item}.",
