@@ -36,3 +36,4 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message='Field name "register"')  # a section is called so, in the flow's form too
     for name in ("mlflow.store.db.utils", "mlflow.transformers", "bitsandbytes.backends.cpu.ops", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)  # it sets its own level

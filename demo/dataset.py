@@ -60,21 +60,6 @@ KINDS = (
         "Send me the invoice for it.",
     ),
     Kind(
-        ("Please wrap order {id} as a gift.", "Order {id} is a present.", "Can you gift wrap {id}?"),
-        "We will gift wrap order {id}.",
-        "Please wrap it as a gift.",
-    ),
-    Kind(
-        ("Deliver order {id} on another day.", "I am not at home for {id}.", "Can {id} come a day later?"),
-        "Pick a new day for order {id}.",
-        "Deliver it on another day.",
-    ),
-    Kind(
-        ("Send order {id} to my new home.", "I have moved, change {id}.", "Please ship {id} to my office."),
-        "Tell us the new address for {id}.",
-        "Send it to my new home.",
-    ),
-    Kind(
         ("How heavy is order {id}?", "What does {id} weigh?", "Is {id} too heavy for me?"),
         "Order {id} weighs two pounds.",
         "How heavy is it?",
