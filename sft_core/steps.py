@@ -4,6 +4,7 @@ In: a resolved recipe, its plan, a step's key. Out: `Built`. This is the one pla
 and the command line both come through here.
 """
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,6 +82,8 @@ def run_step(run: Retraining, key: str) -> Built:
             took_seconds=round(time.monotonic() - clock, 3),
         )
         manifest = run.store.publish(out, manifest)
+    if planned.step == "train":
+        shutil.rmtree(run.store.work_in_progress("train", planned.fingerprint))  # resumable state has done its work
     return Built(artifact, manifest, reused=False)
 
 
@@ -103,12 +106,12 @@ def _normalize(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
 
 
 def _pack(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
-    config = run.recipe.pack
-    return pack_dataset(run.folder("normalize"), run.base_model(), config, run.recipe.seed, out)
+    recipe, trust = run.recipe, run.recipe.base_model.trust_remote_code
+    return pack_dataset(run.folder("normalize"), run.base_model(), recipe.pack, recipe.seed, out, trust)
 
 
 def _train(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
-    work = run.store.work_in_progress("train", planned.fingerprint) or out.with_name(f"{out.name}-work")
+    work = run.store.work_in_progress("train", planned.fingerprint)
     inputs = TrainInputs.of(run.folder("pack"), run.base_model(), run.recipe.base_model, work)
     return train_adapter(inputs, run.recipe.train, run.recipe.seed, out, run.on_line)
 

@@ -88,11 +88,12 @@ class Store:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def work_in_progress(self, step: str, fingerprint: str) -> Path | None:
-        """Folder for resumable state beside the artifact, where the store is a disk; else None."""
-        if not self.is_local:
-            return None
-        folder = Path(self.address(step, fingerprint)) / WORK_IN_PROGRESS
+    def work_in_progress(self, step: str, fingerprint: str) -> Path:
+        """Local folder for resumable state: beside the artifact if the store is a disk, else a temporary one."""
+        if self.is_local:
+            folder = Path(self.address(step, fingerprint)) / WORK_IN_PROGRESS
+        else:
+            folder = Path(tempfile.gettempdir()) / "sft-work" / fingerprint
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 

@@ -43,16 +43,23 @@ class _Packing:
     tally: Tally = field(default_factory=Tally)
 
 
-def pack_dataset(conversations: Path, tokenizer: Path | str, config: PackConfig, seed: int, out: Path) -> Outcome:
+def pack_dataset(
+    conversations: Path,
+    tokenizer: Path | str,
+    config: PackConfig,
+    seed: int,
+    out: Path,
+    trust_remote_code: bool = False,
+) -> Outcome:
     """Encode the training side of `conversations` and pack epoch 0. DataError if nothing is left to train on."""
-    loaded = _load_tokenizer(tokenizer)
+    loaded = _load_tokenizer(tokenizer, trust_remote_code)
     template = load_chat_template(config.chat_template, loaded)
     padded_with_eos = loaded.pad_token_id is None
     if padded_with_eos:
         _pad_with_eos(loaded, tokenizer)
     loaded.chat_template = template
     loaded.save_pretrained(out / TOKENIZER)
-    saved = _load_tokenizer(out / TOKENIZER)
+    saved = _load_tokenizer(out / TOKENIZER, trust_remote_code)
     shards = sorted((conversations / "train").glob("part-*.parquet"))
     if not shards:
         raise DataError(f"{conversations / 'train'}: no part-*.parquet; the normalize step writes them")
@@ -64,7 +71,9 @@ def pack_dataset(conversations: Path, tokenizer: Path | str, config: PackConfig,
             _encode_shard(packing, shard, out / SEQUENCES / shard.name)
     tally = packing.tally
     if not tally.lengths:
-        raise DataError(f"{conversations}: nothing is left to train on: {tally.reasons()}; see {out / 'quarantine'}")
+        raise DataError(
+            f"{conversations}: nothing is left to train on: {tally.reasons()}; max_length is {config.max_length}"
+        )
     settings = PackedSettings(config.max_length, config.packing, seed, loaded.pad_token_id)
     rows = _write_bins(tally.lengths, settings, out / BINS)
     facts = {
@@ -83,11 +92,11 @@ def pack_dataset(conversations: Path, tokenizer: Path | str, config: PackConfig,
     return Outcome(ledger=tally.ledger(), facts=facts)
 
 
-def _load_tokenizer(folder: Path | str) -> Any:
+def _load_tokenizer(folder: Path | str, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer  # imports torch
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: no tokenizer can be loaded: {str(error).splitlines()[0]}") from None
 

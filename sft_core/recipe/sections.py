@@ -38,7 +38,8 @@ class DatasetConfig(Section):
     revision: str | None = None
     """Hub branch, tag or commit; resolved to a commit before anything runs."""
     map_fn: str = "default"
-    """Shipped name (`sft data map-fns`), `package.module:function` or `path.py:function`."""
+    """alpaca, alpaca_zh, oasst1, openai, code_alpaca, medical, tiny_codes, default; `package.module:function`;
+    `path.py:function`."""
     weight: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Fraction of the rows to keep, chosen by content and seed."""
 
@@ -46,8 +47,8 @@ class DatasetConfig(Section):
 class ScheduleConfig(Section):
     """When a scheduled run has something to do."""
 
-    min_new_rows: Annotated[int, Field(ge=0)] = 0
-    """Rows."""
+    min_new_rows: Literal[0] = 0
+    """Rows that must be new. Only 0 in this version: a run is never skipped for want of new rows."""
 
 
 class NormalizeConfig(Section):

@@ -48,7 +48,7 @@ def run(spec: Any) -> int:
     transformers.utils.logging.set_verbosity_error()
     config = spec.config
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    packed = load_packed(Path(spec.packed))
+    packed = load_packed(Path(spec.packed), cache=Path(spec.checkpoints) / "packed.arrow")  # mapped, shared by ranks
     stream = PackedStream(packed, config.num_train_epochs, world_size * config.per_device_train_batch_size)
     rows_a_step = world_size * config.per_device_train_batch_size * config.gradient_accumulation_steps
     max_steps = config.max_steps or math.ceil(stream.rows / rows_a_step)
