@@ -29,8 +29,8 @@ def print_summary(console: Console, recipe: Recipe, plan: Plan, result: dict[str
     store = Store(recipe.store)
     manifests = {key: store.find(step.step, step.fingerprint) for key, step in plan.steps.items()}
     found = {key: manifest for key, manifest in manifests.items() if manifest is not None}
-    console.print()
-    console.rule(_headline(recipe, result, seconds))
+    console.rule()
+    console.print(_headline(recipe, result, seconds), highlight=False, soft_wrap=True)
     for line in _figures(found):
         console.print(line, highlight=False, soft_wrap=True)
     console.print(_scores(found))

@@ -50,13 +50,6 @@ def test_flows_and_top_level_folders_shadow_nothing() -> None:
         assert path.stem == "__init__" or path.stem not in taken - own, path
 
 
-def test_nothing_names_a_machine_or_a_registry() -> None:
-    for path in [*SOURCES, ROOT / "README.md", ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / "constraints.txt"]:
-        text = path.read_text("utf-8")
-        assert "pypi.org" not in text, path
-        assert "://download." not in text, path
-
-
 def test_constraints_are_plain_pins() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     assert len(lines) > 100
