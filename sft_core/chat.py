@@ -55,6 +55,8 @@ def load_chat_model(folder: Path, adapter: Path | None, chat_template: str | Non
     transformers.utils.logging.set_verbosity_error()
     with_tokenizer = adapter if adapter is not None and (adapter / "tokenizer_config.json").is_file() else folder
     tokenizer = transformers.AutoTokenizer.from_pretrained(with_tokenizer)
+    if chat_template is None and not tokenizer.chat_template:
+        raise ModelError(f"{with_tokenizer}: its tokenizer has no chat template; name one with --chat-template")
     template = load_chat_template(chat_template, tokenizer)
     network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     if adapter is not None:

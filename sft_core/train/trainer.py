@@ -116,7 +116,7 @@ class RunLog(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         """Save and stop when asked to; always save the last step."""
-        if self._stop.asked:
+        if self._stop.agree(args.device):
             control.should_save = control.should_training_stop = True
         if state.global_step >= self._max_steps:
             control.should_save = True

@@ -62,7 +62,8 @@ def run(spec: Any) -> int:
     trainer = PackedTrainer(
         model=model, args=arguments, train_dataset=stream, data_collator=log.collate, callbacks=[log]
     )
-    resume = newest_complete(Path(spec.checkpoints)) if arguments.process_index == 0 or world_size > 1 else None
+    with arguments.main_process_first():  # it deletes torn checkpoints
+        resume = newest_complete(Path(spec.checkpoints))
     log.start(resume)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return EXIT_STOPPED if stop.asked and trainer.state.global_step < max_steps else 0
@@ -74,6 +75,16 @@ class _StopFlag:
     def __init__(self) -> None:
         self.asked = False
         signal.signal(signal.SIGTERM, self._ask)
+
+    def agree(self, device: Any) -> bool:
+        """Whether any rank was asked: the signal reaches them at different steps, and all must stop at the same one."""
+        import torch
+
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            asked = torch.tensor(int(self.asked), device=device)
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+            self.asked = bool(asked)
+        return self.asked
 
     def _ask(self, *_: object) -> None:
         self.asked = True

@@ -144,6 +144,33 @@ def test_two_ranks_train_the_same_rows_and_leave_nothing_behind(
 
 
 @pytest.mark.slow
+def test_two_ranks_asked_to_stop_at_different_moments_stop_at_the_same_step(
+    packed: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    config = CONFIG.model_copy(update={"num_processes": 2, "num_train_epochs": 40})
+
+    def stop_one_rank(line: str) -> None:
+        if line.startswith("step 2/"):
+            ranks = [int(p.name) for p in Path("/proc").glob("[0-9]*") if is_rank(p, tmp_path)]
+            os.kill(max(ranks), signal.SIGTERM)
+
+    with pytest.raises(TrainError):
+        train_adapter(inputs(packed, tiny_model, tmp_path / "work"), config, 7, tmp_path / "out", stop_one_rank)
+    saved = newest_complete(tmp_path / "work")
+    assert saved is not None
+    assert 2 <= int(saved.name.removeprefix("checkpoint-")) < 100
+
+
+def is_rank(process: Path, folder: Path) -> bool:
+    """Whether this /proc folder is a training rank (not its launcher) of the run below `folder`."""
+    try:
+        command = (process / "cmdline").read_bytes()
+    except OSError:
+        return False
+    return str(folder).encode() in command and b"torch.distributed.run" not in command
+
+
+@pytest.mark.slow
 def test_an_exception_in_the_parent_ends_the_child(packed: Path, tiny_model: Path, tmp_path: Path) -> None:
     children: list[int] = []
 
