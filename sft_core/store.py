@@ -91,11 +91,8 @@ class Store:
     def work_in_progress(self, step: str, fingerprint: str) -> Path:
         """Local folder for resumable state: beside the artifact if the store is a disk, else a temporary one."""
         if self.is_local:
-            folder = Path(self.address(step, fingerprint)) / WORK_IN_PROGRESS
-        else:
-            folder = Path(tempfile.gettempdir()) / "sft-work" / fingerprint
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+            return Path(self.address(step, fingerprint)) / WORK_IN_PROGRESS
+        return Path(tempfile.gettempdir()) / "sft-work" / fingerprint
 
     def publish(self, folder: Path, manifest: Manifest) -> Manifest:
         """Put `folder`'s files under their address and the manifest last; return the manifest that won."""

@@ -5,6 +5,7 @@ decides anything: if it says nothing new, MLflow holds what it held.
 """
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +13,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import mlflow
 from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from sft_core.plan import Plan
@@ -26,6 +29,8 @@ from sft_core.train.metrics import read_metrics
 RETRAINING, PART = "sft.retraining", "sft.part"
 MAX_PARAM_LENGTH = 500
 METRICS_A_BATCH = 1000
+FOLLOW_SECONDS = 5.0
+"""Between two sendings of new training metrics."""
 TRAINING_METRICS = ("loss", "learning_rate", "grad_norm", "epoch", "tokens", "supervised_tokens", "tokens_per_second")
 
 
@@ -55,15 +60,41 @@ class PartRun:
         stamp = int(datetime.fromisoformat(manifest.started).timestamp() * 1000)  # a second recording adds no point
         self._log([Metric(f"{key}/{name}", value, stamp, 0) for name, value in numbers.items()])
 
-    def record_training(self, metrics_file: Path) -> None:
-        """All lines of `metrics.jsonl`; the same line twice changes nothing."""
+    def record_training(self, metrics_file: Path, skip: int = 0) -> int:
+        """Lines of `metrics.jsonl` after the first `skip`; gives how many there are. A line sent twice adds nothing."""
+        entries = read_metrics(metrics_file)
         self._log(
             [
                 Metric(f"train/{name}", entry[name], entry["time"], entry["optimizer_step"])
-                for entry in read_metrics(metrics_file)
+                for entry in entries[skip:]
                 for name in TRAINING_METRICS
             ]
         )
+        return len(entries)
+
+    @contextmanager
+    def following(self, metrics_file: Path) -> Iterator[None]:
+        """Send lines as training writes them, from a thread: a slow or dead server never holds training up.
+
+        What it could not send is sent at the end by `record_training`.
+        """
+        stop = Event()
+
+        def follow() -> None:
+            sent = 0
+            while not stop.wait(FOLLOW_SECONDS):
+                try:
+                    sent = self.record_training(metrics_file, sent)
+                except MlflowException as error:
+                    logging.getLogger(__name__).warning("metrics not sent yet: %s", str(error).splitlines()[0])
+
+        follower = Thread(target=follow, daemon=True)
+        follower.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            follower.join(FOLLOW_SECONDS)
 
     def _log(self, metrics: list[Metric]) -> None:
         for start in range(0, len(metrics), METRICS_A_BATCH):

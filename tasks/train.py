@@ -14,10 +14,12 @@ from tasks.run_step import STEP, Job, finish
 @task(name="train", task_run_name="train-{job.recipe.name}", **{**STEP, "retries": 0})
 def train(job: Job) -> Any:
     """Train in a child process; its progress lines reach the log and a progress artifact. Resumes from checkpoints."""
-    show = _Progress(job.recipe.name)
-    built = run_step(job.retraining(show), "train")
+    run = job.retraining(_Progress(job.recipe.name))
+    work = run.store.work_in_progress("train", job.plan["train"].fingerprint)
+    with job.part.following(work / "metrics.jsonl"):
+        built = run_step(run, "train")
     job.part.record("train", built)
-    job.part.record_training(job.retraining(show).folder("train") / "metrics.jsonl")
+    job.part.record_training(run.folder("train") / "metrics.jsonl")
     return finish("train", built)
 
 

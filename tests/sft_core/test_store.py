@@ -87,7 +87,7 @@ def test_files_without_a_manifest_are_no_artifact(tmp_path: Path) -> None:
 def test_work_in_progress_is_no_part_of_the_artifact(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     work = store.work_in_progress("pack", FINGERPRINT)
-    assert work is not None
+    work.mkdir(parents=True)
     (work / "state").write_text("x")
     assert list(publish(store).files) == ["sub/data.txt"]
     assert (work / "state").exists()

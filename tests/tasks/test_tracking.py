@@ -1,6 +1,7 @@
 """MLflow runs on a real SQLite store: found again by fingerprint, never left RUNNING, recorded once."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from sft_core.recipe import Recipe, resolve
 from sft_core.steps import Built
 from tasks import tracking
 
+ARRIVAL_SECONDS = 30
 RECIPE: dict[str, Any] = {"name": "t", "base_model": {"path": "b"}, "datasets": [{"path": "d"}]}
 
 
@@ -121,3 +123,21 @@ def test_training_metrics_are_replayed_without_doubling(client: MlflowClient, tm
         run.record_training(path)
     history = client.get_metric_history(run.run_id, "train/loss")
     assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 0.5)]
+
+
+def test_metrics_arrive_while_training_runs_and_a_dead_server_does_not_hold_it_up(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "FOLLOW_SECONDS", 0.05)
+    path = tmp_path / "metrics.jsonl"
+    names = dict.fromkeys(tracking.TRAINING_METRICS, 1.0)
+    with tracking.part_run("train", recipe(), plan()) as run:
+        with run.following(path):
+            path.write_text(json.dumps({**names, "optimizer_step": 1, "time": 1001}) + "\n")
+            deadline = time.monotonic() + ARRIVAL_SECONDS
+            while not client.get_metric_history(run.run_id, "train/loss") and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert len(client.get_metric_history(run.run_id, "train/loss")) == 1
+        missing = tracking.PartRun("no-such-run", run.parent_run_id)
+        with missing.following(path):
+            time.sleep(0.3)  # every sending fails; nothing is raised here
