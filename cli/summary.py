@@ -55,18 +55,16 @@ def _figures(manifests: dict[str, Manifest]) -> list[str]:
     lines = []
     if (normalize := manifests.get("normalize")) is not None:
         rows, facts = normalize.ledger["rows"], normalize.facts
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in rows["set_aside"].items() if count)
         lines.append(
             f"[bold]rows[/]      {rows['in']:,} in = {facts['train_rows']:,} to train on + {facts['heldout_rows']:,} "
-            f"held out + {rows['in'] - rows['out']:,} set aside{f' ({reasons})' if reasons else ''}"
+            f"held out + {_set_aside(rows)}"
         )
     if (pack := manifests.get("pack")) is not None:
         facts = pack.facts
-        aside = sum(pack.ledger["sequences"]["set_aside"].values())
         lines.append(
             f"[bold]tokens[/]    {facts['tokens']:,}, {facts['supervised_tokens']:,} of them trained, in "
-            f"{facts['packed_rows']:,} packed rows, {facts['fill']:.1%} full"
-            f"{f'; {aside:,} sequences set aside' if aside else ''}"
+            f"{facts['packed_rows']:,} packed rows, {facts['fill']:.1%} full; sequences: "
+            f"{_set_aside(pack.ledger['sequences'])}"
         )
     if (train := manifests.get("train")) is not None:
         facts = train.facts
@@ -74,7 +72,15 @@ def _figures(manifests: dict[str, Manifest]) -> list[str]:
             f"[bold]training[/]  {facts['optimizer_steps']:,} optimizer steps, loss {facts['first_loss']:.3f} -> "
             f"{facts['last_loss']:.3f}, {facts['seconds_per_step']:.2f} s a step on {train.device}"
         )
+    if (evaluate := manifests.get("evaluate/tuned")) is not None and any(evaluate.ledger["rows"]["set_aside"].values()):
+        rows = evaluate.ledger["rows"]
+        lines.append(f"[bold]held out[/]  {rows['in']:,} rows = {rows['out']:,} scored + {_set_aside(rows)}")
     return lines
+
+
+def _set_aside(entry: dict[str, Any]) -> str:
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in entry["set_aside"].items() if count)
+    return f"{sum(entry['set_aside'].values()):,} set aside{f' ({reasons})' if reasons else ''}"
 
 
 def _scores(manifests: dict[str, Manifest]) -> Table:
