@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from cli import convert, recipes, run
+from cli import convert, data, recipes, run
 from cli.chat import chat
 from cli.environment import DEBUG, debugging, quiet_libraries, set_defaults
 from sft_core.errors import SftError
@@ -25,6 +25,7 @@ app.command()(run.train)
 app.command()(run.explain)
 app.command()(chat)
 app.add_typer(convert.app, name="convert")
+app.add_typer(data.app, name="data")
 app.add_typer(recipes.app, name="recipes")
 
 

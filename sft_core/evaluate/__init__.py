@@ -73,13 +73,13 @@ def _load(model: EvaluatedModel) -> Any:
 def _encode(
     conversations: Path, tokenizer: Any, template: str, max_length: int
 ) -> tuple[list[_Example], dict[str, Any]]:
-    from sft_core.pack import IGNORE_INDEX, encode_conversation
+    from sft_core.pack import IGNORE_INDEX, encode_conversation, tools_of
 
     examples: list[_Example] = []
     set_aside: Counter[str] = Counter()
     for row in _held_out_rows(conversations):
         try:
-            sequences = encode_conversation(row["messages"], tokenizer, template)
+            sequences = encode_conversation(row["messages"], tokenizer, template, tools_of(row))
         except RowError as error:
             set_aside[error.reason] += 1
             continue

@@ -16,6 +16,7 @@ from sft_core.errors import DataError, SourceError
 from sft_core.fetch.formats import read_rows
 from sft_core.fetch.hub import read_hub
 from sft_core.fetch.json_rows import RawRow
+from sft_core.fetch.other_hubs import read_other_hub
 from sft_core.fetch.shards import RAW_SCHEMA, ShardWriter
 from sft_core.fetch.source import SourceDescription, SourceFile, describe_source
 from sft_core.fingerprint import CHUNK_BYTES
@@ -56,6 +57,9 @@ def _rows(source: SourceDescription, out: Path) -> Iterator[tuple[str, RawRow]]:
     if source.hub:
         label = f"{source.hub.path}:{source.hub.split}"
         yield from ((label, raw) for raw in read_hub(source.hub))
+    if source.other:
+        label = f"{source.other.path}:{source.other.split}"
+        yield from ((label, raw) for raw in read_other_hub(source.other))
     for file in source.files:
         with tempfile.TemporaryDirectory(dir=out, prefix=".reading-") as folder:
             copy = _copy(source.path, file, Path(folder))

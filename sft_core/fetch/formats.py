@@ -3,18 +3,16 @@
 In: a file's name and first bytes, or a local copy of it. Out: `json`, `csv`, `parquet` or `arrow`, and its rows.
 """
 
-import lzma
-import zlib
+import shutil
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
-
-import fsspec
-import pyarrow as pa
-from fsspec.utils import infer_compression
+from pathlib import Path
 
 from sft_core.errors import SourceError
+from sft_core.fetch.arrow_rows import read_arrow, read_parquet
+from sft_core.fetch.compression import COMPRESSION_OF_SUFFIX, DAMAGE, compression_of, decompress, plain_suffix, reason
 from sft_core.fetch.json_rows import RawRow, read_json
-from sft_core.fetch.table_rows import read_arrow, read_csv, read_parquet
+from sft_core.fetch.table_rows import read_csv
+from sft_core.fingerprint import CHUNK_BYTES
 
 FORMAT_OF_SUFFIX = {
     ".json": "json",
@@ -25,16 +23,7 @@ FORMAT_OF_SUFFIX = {
     ".arrow": "arrow",
 }
 SUFFIXES = frozenset(FORMAT_OF_SUFFIX)
-
-
-def plain_suffix(name: str) -> str:
-    """The suffix below a compression's.
-
-    >>> plain_suffix("train.JSONL.gz")
-    '.jsonl'
-    """
-    path = PurePosixPath(name)
-    return (path.with_suffix("") if infer_compression(path.name.lower()) else path).suffix.lower()
+READABLE = f"{', '.join(sorted(SUFFIXES))}, also with {', '.join(sorted(COMPRESSION_OF_SUFFIX))}"
 
 
 def detect_format(head: bytes, label: str) -> str:
@@ -56,24 +45,30 @@ def detect_format(head: bytes, label: str) -> str:
         return by_name
     if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"["):
         return "json"
-    raise SourceError(
-        f"{label}: unknown format; data files end in {', '.join(sorted(SUFFIXES))}, or begin with {{ or ["
-    )
+    raise SourceError(f"{label}: unknown format; data files end in {READABLE}, or begin with {{ or [")
 
 
 def read_rows(path: Path, format_: str, label: str) -> Iterator[RawRow]:
     """Rows of a local file, which keeps the suffixes of its name. SourceError when it is broken as a whole."""
     try:
-        with fsspec.open(str(path), "rb", compression="infer") as file:
+        if format_ in ("parquet", "arrow"):
+            plain = _plain_copy(path)
+            yield from (read_parquet if format_ == "parquet" else read_arrow)(plain, label)
+            return
+        with path.open("rb") as packed, decompress(packed, path.name) as file:
             if format_ == "csv":
                 yield from read_csv(file, label)
-            elif format_ == "parquet":
-                yield from read_parquet(file)
-            elif format_ == "arrow":
-                yield from read_arrow(file)
             else:
                 yield from read_json(file, label, plain_suffix(label) in (".jsonl", ".ndjson"))
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
-        raise SourceError(
-            f"{label}: damaged, or cut short: {type(error).__name__}: {error}; fetch or write the file again"
-        ) from error
+    except DAMAGE as error:
+        raise SourceError(f"{label}: damaged, or cut short: {reason(error)}; fetch or write the file again") from error
+
+
+def _plain_copy(path: Path) -> Path:
+    """The file without its compression, beside it: Parquet and Arrow files are not read from front to back."""
+    if compression_of(path.name) is None:
+        return path
+    plain = path.with_name(f"{path.name}.plain")
+    with path.open("rb") as packed, decompress(packed, path.name) as file, plain.open("wb") as copy:
+        shutil.copyfileobj(file, copy, CHUNK_BYTES)
+    return plain

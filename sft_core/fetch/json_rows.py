@@ -1,9 +1,13 @@
 """Rows of JSON files: an array, JSON Lines, or values one after another (a single pretty-printed object is one row).
 
 In: a binary file. Out: `RawRow`s whose `row` is the text as it stands in the file. Lines end at LF only: U+0085 and
-U+2028 are ordinary characters in JSON (RFC 8259). Memory: JSON Lines one line, others about a megabyte.
+U+2028 are ordinary characters in JSON (RFC 8259). Memory: JSON Lines one line. An array is
+read a megabyte (or one element, where that is longer) at a time, be it in one line or many: it may be larger than
+memory. The `json` module sees an array's whole text only in its first line, to tell the layout, where that line has at
+most FIRST_PIECE bytes or the file is named .jsonl.
 """
 
+import codecs
 import itertools
 import json
 import re
@@ -15,6 +19,10 @@ from sft_core.errors import SourceError
 BOM = b"\xef\xbb\xbf"
 BLANK = re.compile(r"[ \t\r\n]*")
 READ_CHARACTERS = 1 << 20
+FIRST_PIECE = 8 << 20
+"""Bytes of the first line that tell the layout. A longer one that begins with [ is an array, if not named .jsonl."""
+CUT_CHARACTERS = 16
+"""An error further than this before the end of what was read is no effect of the cut: longer than `-Infinity`."""
 
 
 class RawRow(NamedTuple):
@@ -27,32 +35,43 @@ class RawRow(NamedTuple):
 
 def read_json(file: IO[bytes], label: str, named_lines: bool) -> Iterator[RawRow]:
     """Rows of a JSON file of any layout. `named_lines`: its name says JSON Lines."""
-    lines: Iterator[bytes] = iter(file)
     head: list[bytes] = []
-    while sum(1 for line in head if line.strip()) < 2 and (line := next(lines, None)) is not None:
+    layout = ""
+    while not layout and sum(1 for line in head if line.strip()) < 2 and (line := file.readline(FIRST_PIECE)):
+        if len(line) == FIRST_PIECE and not line.endswith(b"\n"):
+            if not (named_lines or b"".join(head).strip()) and line.removeprefix(BOM).lstrip().startswith(b"["):
+                layout = "array"
+            else:
+                line += file.readline()
         head.append(line)
-    layout = _layout([line.removeprefix(BOM) for line in head if line.strip()], named_lines)
-    lines = itertools.chain(head, lines)
+    layout = layout or _layout([line.removeprefix(BOM) for line in head if line.strip()], named_lines)
     if layout == "lines":
-        return _read_lines(lines)
-    scanner = _Scanner(decode_lines(lines, label), label)
+        return _read_lines(itertools.chain(head, file))
+    pieces = itertools.chain(head, iter(lambda: file.readline(READ_CHARACTERS), b""))
+    scanner = _Scanner(decode_pieces(pieces, label), label)
     texts = scanner.elements() if layout == "array" else scanner.values()
     return (RawRow(text, number) for number, text in enumerate(texts, start=1))
 
 
-def decode_lines(lines: Iterable[bytes], label: str) -> Iterator[str]:
-    """Text of a file that must be UTF-8; a SourceError names the byte that is not."""
-    offset = 0
-    for number, line in enumerate(lines, start=1):
+def decode_pieces(pieces: Iterable[bytes], label: str) -> Iterator[str]:
+    """Text of a file that must be UTF-8, by lines or other pieces; a SourceError names the byte that is not."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset, line, first = 0, 1, True
+    for piece in itertools.chain(pieces, [b""]):
+        pending = len(decoder.getstate()[0])
         try:
-            text = line.decode("utf-8")
+            text = decoder.decode(piece, final=not piece)
         except UnicodeDecodeError as error:
+            bad, line = error.object[error.start], line + error.object[: error.start].count(b"\n")
             raise SourceError(
-                f"{label}: not UTF-8: byte 0x{line[error.start]:02x} at offset {offset + error.start} (line {number}); "
+                f"{label}: not UTF-8: byte 0x{bad:02x} at offset {offset - pending + error.start} (line {line}); "
                 f"find its encoding and convert it, for example: iconv -f GB18030 -t UTF-8 {label} > NEW_FILE"
             ) from None
-        offset += len(line)
-        yield text.removeprefix("\ufeff") if number == 1 else text
+        offset += len(piece)
+        line += piece.count(b"\n")
+        if text:
+            yield text.removeprefix("\ufeff") if first else text
+            first = False
 
 
 def _layout(head: list[bytes], named_lines: bool) -> str:
@@ -155,12 +174,16 @@ class _Scanner:
             try:
                 _, end = self.decode(self.text, self.at)
             except json.JSONDecodeError as error:
-                if not more:
+                cut = error.msg.startswith("Unterminated") or error.pos + CUT_CHARACTERS > len(self.text)
+                if not (more and cut):
                     raise self.fault(error.msg, error.pos) from None
                 more = self._read_on()  # at the end of the file: once more, for the error's place
                 continue
             except (ValueError, RecursionError) as error:
                 raise self.fault(str(error), self.at) from None
+            if more and end + CUT_CHARACTERS > len(self.text):  # a number may go on
+                more = self._read_on()
+                continue
             start, self.at = self.at, end
             return self.text[start:end]
 

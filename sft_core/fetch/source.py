@@ -1,7 +1,7 @@
 """What a source is, before anything is copied.
 
 In: a `DatasetConfig`. Out: `SourceDescription`, whose `parts` name the content: the files' formats and SHA-256 in order
-of their names, or the hub data set's commit. Never a path, a name of a file or a time.
+of their names, the hub data set's commit, or the hash of another hub's rows. Never a file's path or name, or a time.
 """
 
 import glob
@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-import fsspec
 from fsspec.core import url_to_fs
 
 from sft_core.errors import SourceError
-from sft_core.fetch.formats import SUFFIXES, detect_format, plain_suffix
+from sft_core.fetch.compression import decompress, plain_suffix, reason
+from sft_core.fetch.formats import READABLE, SUFFIXES, detect_format
+from sft_core.fetch.other_hubs import OtherHubSource, describe_other_hub
+from sft_core.fetch.saved import folder_files
 from sft_core.fingerprint import CHUNK_BYTES
 from sft_core.recipe import DatasetConfig
 
@@ -46,26 +48,35 @@ class HubSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceDescription:
-    """Either files, or a hub data set. `path` is the source as the recipe has it."""
+    """Files, a hub data set, or one of another hub. `path` is the source as the recipe has it."""
 
     path: str
     files: tuple[SourceFile, ...] = ()
     hub: HubSource | None = None
+    other: OtherHubSource | None = None
 
     @property
     def parts(self) -> dict[str, Any]:
         """The content's identity, JSON-able: what fetch's fingerprint is made of."""
         if self.hub:
             return {"hub": self.hub.path, "name": self.hub.name, "split": self.hub.split, "commit": self.hub.commit}
+        if self.other:
+            return {"rows_sha256": self.other.rows_sha256}
         return {"files": [{"format": file.format, "sha256": file.sha256} for file in self.files]}
 
 
 def describe_source(dataset: DatasetConfig) -> SourceDescription:
     """Find the source and hash it, or resolve its commit. SourceError when there is none."""
     path = dataset.path
+    if dataset.source == "hub":
+        return SourceDescription(path=path, hub=_describe_hub(dataset))
+    if dataset.source:
+        return SourceDescription(path=path, other=describe_other_hub(dataset))
     try:
         fs, root = url_to_fs(path)
         files = _find_files(fs, root, dataset.split)
+    except SourceError:
+        raise
     except Exception as error:  # noqa: BLE001 - every file system raises errors of its own
         raise SourceError(f"{path}: cannot be listed: {type(error).__name__}: {error}") from error
     if files is None and "://" not in path and not glob.has_magic(path):
@@ -80,12 +91,7 @@ def _find_files(fs: Any, root: str, split: str) -> list[tuple[str, str]] | None:
     if fs.isfile(root):
         return [(root, PurePosixPath(root).name)]
     if fs.isdir(root):
-        folder = f"{root}/{split}" if fs.exists(f"{root}/dataset_dict.json") else root  # DatasetDict.save_to_disk
-        suffixes = {".arrow"} if fs.exists(f"{folder}/state.json") else SUFFIXES  # Dataset.save_to_disk
-        paths = [path for path in sorted(fs.find(folder)) if plain_suffix(path) in suffixes]
-        labels = [path[len(folder.rstrip("/")) + 1 :] for path in paths]
-        pairs = zip(paths, labels, strict=True)
-        return [(path, label) for path, label in pairs if not any(part[0] in "._" for part in label.split("/"))]
+        return folder_files(fs, root, split)
     if glob.has_magic(root):
         fixed = root[: re.search(r"[*?\[]", root).start()].rpartition("/")[0]  # type: ignore[union-attr]
         return [(path, path[len(fixed) :].lstrip("/")) for path in sorted(fs.glob(root)) if fs.isfile(path)]
@@ -97,7 +103,7 @@ def _why_nothing(fs: Any, root: str, files: list[tuple[str, str]] | None) -> str
         return f"no such file or folder in {fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]}"
     if glob.has_magic(root) and not fs.isdir(root):
         return "no file matches this pattern"
-    return f"the folder holds no data files ({', '.join(sorted(SUFFIXES))}, also with .gz, .bz2 or .xz)"
+    return f"the folder holds no data files ({READABLE})"
 
 
 def _describe_file(fs: Any, path: str, label: str) -> SourceFile:
@@ -107,10 +113,12 @@ def _describe_file(fs: Any, path: str, label: str) -> SourceFile:
             while chunk := file.read(CHUNK_BYTES):
                 digest.update(chunk)
                 size += len(chunk)
-        with fs.open(path, "rb", compression=fsspec.utils.infer_compression(path)) as file:
-            head = file.read(4096)
+        with fs.open(path, "rb") as packed, decompress(packed, label) as plain:
+            head = plain.read(4096)
+    except SourceError:
+        raise
     except Exception as error:  # noqa: BLE001 - every file system and codec raises errors of its own
-        raise SourceError(f"{label}: cannot be read: {type(error).__name__}: {error}") from error
+        raise SourceError(f"{label}: cannot be read: {reason(error)}; fetch it again") from error
     return SourceFile(path=path, label=label, format=detect_format(head, label), size=size, sha256=digest.hexdigest())
 
 

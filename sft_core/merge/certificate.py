@@ -16,7 +16,7 @@ from torch.nn.functional import log_softmax
 
 from sft_core.errors import RowError
 from sft_core.merge import MergeOptions
-from sft_core.pack import IGNORE_INDEX, Sequence, encode_conversation
+from sft_core.pack import IGNORE_INDEX, Sequence, encode_conversation, tools_of
 
 MAX_CONVERSATIONS = 64
 MAX_LENGTH = 2048
@@ -34,13 +34,13 @@ def held_out_sequences(options: MergeOptions, tokenizer: Any, template: str | No
     if options.held_out is None or not template:
         return []
     files = sorted((options.held_out / "heldout").glob("part-*.parquet"))
-    conversations = [row["messages"] for path in files for row in pq.read_table(path, columns=["messages"]).to_pylist()]
+    conversations = [row for path in files for row in pq.read_table(path).to_pylist()]
     drawn = random.Random(options.seed).sample(conversations, min(MAX_CONVERSATIONS, len(conversations)))
     sequences: list[Sequence] = []
     supervised = 0
-    for messages in drawn:
+    for row in drawn:
         try:
-            encoded = encode_conversation(messages, tokenizer, template)
+            encoded = encode_conversation(row["messages"], tokenizer, template, tools_of(row))
         except RowError:  # set aside and counted by pack and evaluate; here any 64 that can be read will do
             continue
         for sequence in encoded:

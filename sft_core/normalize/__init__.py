@@ -14,8 +14,9 @@ no_turns           no turn at all: an empty list, a text without `### Human:`, a
 no_assistant_turn  messages, but none is the assistant's
 empty_answer       an answer is empty or blank, or the only request has none
 bad_turn_order     oasst1: turns do not alternate from Human on, or text stands before the first
-unknown_role       a role other than system, user, assistant (tool messages come in a later release)
-tool_calls         an answer that calls tools (likewise)
+unknown_role       a role that the map_fn does not know (tool messages: `messages` and `sharegpt` keep them)
+content_part       a content is a list, and a part of it is no text
+tool_calls         calls or tools that cannot be read, or a map_fn that has no place for them
 all_weights_zero   answers, but none is to be trained
 map_fn_error       a user's map_fn raised; the detail holds the exception
 bad_conversation   a map_fn returned something of another shape
@@ -25,11 +26,20 @@ not_sampled        left out by the data set's `weight`; not in the quarantine, a
 An empty request (`input`, user message) is no fault: XTuner trains such rows, as continuation. Duplicates are kept.
 """
 
-from sft_core.normalize.conversation import TEXT_ROLE, Message, content_digest, to_messages
+from sft_core.normalize.check import CheckReport, check_dataset
+from sft_core.normalize.columns import suggest_map_fns
+from sft_core.normalize.conversation import (
+    TEXT_ROLE,
+    Conversation,
+    Message,
+    content_digest,
+    to_conversation,
+    to_messages,
+)
 from sft_core.normalize.dataset import CONVERSATION_SCHEMA, STEP_VERSION, NormalizeSource, normalize_dataset
 from sft_core.normalize.identity import map_fn_source
 from sft_core.normalize.load import load_map_fn
-from sft_core.normalize.map_fns import MAP_FNS, MAP_FNS_VERSION, suggest_map_fns
+from sft_core.normalize.map_fns import MAP_FNS, MAP_FNS_VERSION
 
 __all__ = [
     "CONVERSATION_SCHEMA",
@@ -37,12 +47,16 @@ __all__ = [
     "MAP_FNS_VERSION",
     "STEP_VERSION",
     "TEXT_ROLE",
+    "CheckReport",
+    "Conversation",
     "Message",
     "NormalizeSource",
+    "check_dataset",
     "content_digest",
     "load_map_fn",
     "map_fn_source",
     "normalize_dataset",
     "suggest_map_fns",
+    "to_conversation",
     "to_messages",
 ]

@@ -1,28 +1,58 @@
 """What a map_fn returns, turned into messages: the shape that the store holds and every later step reads.
 
-In: {"conversation": [{"system"?, "input"?, "output", "output_with_loss"?}, ...]}, {"messages": [...]} or {"text": ...}.
-Out: [{"role", "content", "weight"}, ...]; weight is 1 (trained) or 0 on assistant messages, null on all others.
-Plain text is one message of the role `text`, weight 1. RowError for anything else.
+In: {"conversation": [{"system"?, "input"?, "output", "output_with_loss"?}, ...]}, {"messages": [...], "tools"?} or
+{"text": ...}. Out: [{"role", "content", "weight"}, ...]; weight is 1 (trained) or 0 on assistant messages, null on all
+others. Where there are such: `tool_calls` (JSON text, on assistant messages, whose content may then be empty),
+`tool_call_id` and `name`; and beside the messages `tools` (JSON text). Roles: system (developer), user, assistant, tool
+(function). Plain text is one message of the role `text`, weight 1. RowError for anything else.
 """
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from dataclasses import dataclass
+from typing import Any, NotRequired, TypedDict
 
 from sft_core.errors import RowError
 from sft_core.fingerprint import canonical_json
-from sft_core.normalize.columns import answer_in, check_answer, messages_in, short, text_in
+from sft_core.normalize.columns import answer_in, check_answer, messages_in, short
+from sft_core.normalize.content import calls_text, check_utf8, content_in, tools_text
 
 TEXT_ROLE = "text"
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "function": "tool",
+}
 SHAPES = "a map_fn returns {'conversation': [...]}, {'messages': [...]} or {'text': '...'}"
 
 
 class Message(TypedDict):
-    """One message. `weight` is null for all but answers and plain text."""
+    """One message. `weight` is null for all but answers and plain text; other keys stand where they are used."""
 
     role: str
     content: str
     weight: int | None
+    tool_calls: NotRequired[str | None]
+    name: NotRequired[str | None]
+    tool_call_id: NotRequired[str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages, and the JSON text of the tools they may call."""
+
+    messages: list[Message]
+    tools: str | None = None
+
+
+def to_conversation(returned: object) -> Conversation:
+    """Messages and tools of what a map_fn returned."""
+    messages = to_messages(returned)
+    shown = returned["tools"] if isinstance(returned, dict) and "messages" in returned and "tools" in returned else None
+    return Conversation(messages, tools_text(shown))
 
 
 def to_messages(returned: object) -> list[Message]:
@@ -53,10 +83,19 @@ def to_messages(returned: object) -> list[Message]:
     return messages
 
 
-def content_digest(messages: list[Message]) -> bytes:
-    """SHA-256 of roles and contents. Weights do not count: a text has one side, however it is trained."""
-    content = [[message["role"], message["content"]] for message in messages]
-    return hashlib.sha256(canonical_json(content).encode("utf-8")).digest()
+def content_digest(messages: list[Message], tools: str | None = None) -> bytes:
+    """SHA-256 of roles, contents, tool calls and tools. Weights do not count: a text has one side, however trained."""
+    content: list[list[object]] = [[message["role"], message["content"], *_calls(message)] for message in messages]
+    whole = {"messages": content, "tools": tools} if tools else content  # without tools as ever: no row changes sides
+    return hashlib.sha256(canonical_json(whole).encode("utf-8")).digest()
+
+
+def _calls(message: Message) -> list[dict[str, str]]:
+    """What belongs to a message by tool calls; a speaker's name was never part of the digest."""
+    found = {"tool_calls": message.get("tool_calls"), "tool_call_id": message.get("tool_call_id")}
+    found["name"] = message.get("name") if message["role"] == "tool" else None
+    kept = {key: value for key, value in found.items() if value}
+    return [kept] if kept else []
 
 
 def _from_turns(turns: object) -> list[Message]:
@@ -64,12 +103,14 @@ def _from_turns(turns: object) -> list[Message]:
         raise RowError("bad_conversation", f"'conversation' is not a list of turns: {short(turns)}")
     if not turns:
         raise RowError("no_turns", "the map_fn found no turn in the row")
+    if turns[0].get("need_eos_token") is False and len(turns) == 1 and not turns[0].get("input"):
+        return [_message(TEXT_ROLE, _output(turns[0], "conversation[0]"), 1)]  # XTuner's pretrain
     messages = []
     for place, turn in enumerate(turns):
         where = f"conversation[{place}]"
         if turn.get("need_eos_token") is False:
             raise RowError(
-                "bad_conversation", f"{where}: need_eos_token is XTuner's plain text; return {{'text': ...}}"
+                "bad_conversation", f"{where}: need_eos_token false is XTuner's plain text: one turn without an input"
             )
         system, request = _optional(turn, "system", where), _optional(turn, "input", where)
         if system:
@@ -100,28 +141,44 @@ def _optional(turn: Mapping[str, Any], key: str, where: str) -> str:
 def _from_messages(returned: dict[str, Any]) -> list[Message]:
     messages, last = [], 0
     for place, message in enumerate(messages_in(returned)):
-        role, where = message.get("role"), f"messages[{place}]"
-        if role not in ("system", "user", "assistant"):
-            raise RowError("unknown_role", f"{where} has the role {role!r}; known are system, user, assistant")
-        if message.get("tool_calls") or message.get("function_call"):
-            raise RowError("tool_calls", f"{where} calls a tool; tool calls come in a later release")
+        name, where = message.get("role"), f"messages[{place}]"
+        role = ROLES.get(name) if isinstance(name, str) else None
+        if role is None:
+            raise RowError("unknown_role", f"{where} has the role {name!r}; known are {', '.join(ROLES)}")
+        calls = calls_text(message.get("tool_calls") or message.get("function_call"), where)
+        if calls and role != "assistant":
+            raise RowError("tool_calls", f"{where} calls a tool, and is the {role}'s, not the assistant's")
+        content = "" if calls and message.get("content") is None else content_in(message, where)
         if role == "assistant":
-            weight = message.get("weight")
-            if weight not in (None, 0, 1):
-                raise RowError("bad_conversation", f"{where}.weight is {short(weight)}, not 0 or 1")
-            messages.append(_message(role, answer_in(message, "content", where), 1 if weight is None else int(weight)))
-            last = len(messages)
-        else:
-            messages.append(_message(role, text_in(message, "content", where), None))
+            content = content if calls else check_answer(content, f"{where}.content")
+        kept = _message(role, content, _weight(message, where) if role == "assistant" else None)
+        if calls:
+            kept["tool_calls"] = calls
+        if speaker := _label(message, "name", where):
+            kept["name"] = speaker
+        if call_id := _label(message, "tool_call_id", where):
+            kept["tool_call_id"] = call_id
+        messages.append(kept)
+        last = len(messages) if role == "assistant" else last
     if not last:
         raise RowError("no_assistant_turn", "nothing to learn: no message is the assistant's")
     return messages[:last]
 
 
+def _weight(message: Mapping[str, Any], where: str) -> int:
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise RowError("bad_conversation", f"{where}.weight is {short(weight)}, not 0 or 1")
+    return 1 if weight is None else int(weight)
+
+
+def _label(message: Mapping[str, Any], key: str, where: str) -> str | None:
+    """A message's `name` or `tool_call_id`, None where it is missing or empty."""
+    value = message.get(key)
+    if value is not None and not isinstance(value, str):
+        raise RowError("wrong_type", f"{where}.{key} is a {type(value).__name__}, not a text: {short(value)}")
+    return check_utf8(value, f"{where}.{key}") if value else None
+
+
 def _message(role: str, content: str, weight: int | None) -> Message:
-    try:
-        content.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = f"U+{ord(content[error.start]):04X}"
-        raise RowError("not_utf8", f"the {role}'s text holds half of a character, {code}, at {error.start}") from None
-    return {"role": role, "content": content, "weight": weight}
+    return {"role": role, "content": check_utf8(content, role), "weight": weight}

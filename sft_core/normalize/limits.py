@@ -6,7 +6,8 @@ In: the tally and the recipe's limit. Out: nothing, or a DataError that says wha
 from collections.abc import Mapping
 
 from sft_core.errors import DataError
-from sft_core.normalize.map_fns import suggest_map_fns
+from sft_core.normalize.columns import suggest_map_fns
+from sft_core.normalize.load import shipped_name
 from sft_core.normalize.tally import DETAIL_CHARACTERS, NO_FAULT, Tally, row_of
 
 REASONS_SHOWN = 3
@@ -59,7 +60,7 @@ def _advice(tally: Tally, map_fns: Mapping[str, str]) -> str:
         return "Raise weight, or add rows"
     example = tally.examples[faults[0]]
     now = map_fns[example.dataset]
-    fitting = [name for name in suggest_map_fns(row_of(example)) if name != now.removesuffix("_map_fn")]
+    fitting = [name for name in suggest_map_fns(row_of(example)) if name != shipped_name(now)]
     other = f"the columns of that row fit {' or '.join(fitting)}" if fitting else "your own: path.py:function"
     return (
         f"Fix these rows, choose another map_fn for {example.dataset} (now {now}; {other}), "

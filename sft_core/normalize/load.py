@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from sft_core.errors import RecipeError
-from sft_core.normalize.map_fns import MAP_FNS
+from sft_core.normalize.map_fns import ALIASES, MAP_FNS
 
 FORMS = "a shipped name, package.module:function or path.py:function"
 
@@ -46,7 +46,7 @@ def shipped_name(name: str) -> str | None:
     >>> shipped_name("alpaca_map_fn"), shipped_name("rows.py:alpaca")
     ('alpaca', None)
     """
-    plain = name.removesuffix("_map_fn")
+    plain = ALIASES.get(name.removesuffix("_map_fn"), name.removesuffix("_map_fn"))
     return plain if plain in MAP_FNS else None
 
 

@@ -5,13 +5,14 @@ In: a folder of conversations, a tokenizer, a chat template. Out: `sequences/` (
 torch; `sft_core.pack.collate` does.
 """
 
-from sft_core.pack.chat_templates import load_chat_template, shipped_templates
+from sft_core.pack.chat_templates import load_chat_template, shipped_templates, stop_token_ids
 from sft_core.pack.encoding import IGNORE_INDEX, Sequence, encode_conversation, encode_messages
 from sft_core.pack.pack import pack_dataset
 from sft_core.pack.packed import PackedDataset, load_packed
 from sft_core.pack.packing import epoch_bins, pack_lengths
+from sft_core.pack.rendering import tools_of
 
-STEP_VERSION = 1
+STEP_VERSION = 2
 """Raised when the step's output changes for the same input."""
 
 __all__ = [
@@ -27,4 +28,6 @@ __all__ = [
     "pack_dataset",
     "pack_lengths",
     "shipped_templates",
+    "stop_token_ids",
+    "tools_of",
 ]

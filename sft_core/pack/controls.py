@@ -69,15 +69,18 @@ class Controls:
         """The text as it was typed."""
         return text.translate(self._uncloaked)
 
-    def encode_cloaked(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and character offsets of `text`: cloaked strings as ordinary text, plain ones as control tokens."""
-        tokenizer, ids_by_copy = self._copy
+    def encoding_of_cloaked(self, text: str) -> Any:
+        """The copy's tokenizers.Encoding of `text`: cloaked strings are ordinary text, plain ones control tokens."""
         pieces, end = [], 0
         for match in self.pattern.finditer(text):
             pieces += [self.uncloak(text[end : match.start()]), match.group().translate(self._cloaked)]
             end = match.end()
-        encoding = tokenizer.encode("".join([*pieces, self.uncloak(text[end:])]), add_special_tokens=False)
-        return [ids_by_copy.get(token, token) for token in encoding.ids], encoding.offsets
+        return self._copy[0].encode("".join([*pieces, self.uncloak(text[end:])]), add_special_tokens=False)
+
+    def ids_of_cloaked(self, encoding: Any) -> list[int]:
+        """The tokenizer's own ids of what `encoding_of_cloaked` gave."""
+        ids_by_copy = self._copy[1]
+        return [ids_by_copy.get(token, token) for token in encoding.ids]
 
     @cached_property
     def _copy(self) -> tuple[Any, dict[int, int]]:

@@ -6,41 +6,20 @@ and the lengths of all sequences.
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sft_core.artifacts import Outcome
-from sft_core.errors import DataError, ModelError, RowError
+from sft_core.errors import DataError, ModelError
 from sft_core.pack.chat_templates import load_chat_template
-from sft_core.pack.encoding import IGNORE_INDEX, Sequence, encode_renderings
 from sft_core.pack.packed import BINS, SEQUENCES, SETTINGS_KEY, TOKENIZER, PackedSettings
-from sft_core.pack.packing import epoch_bins
-from sft_core.pack.proof import PROVED_CONVERSATIONS, prove_row
-from sft_core.pack.rendering import Rendering, render_conversation
-from sft_core.pack.tally import Tally
+from sft_core.pack.packing import Lengths, epoch_rows
+from sft_core.pack.shards import COMPRESSION, TOKENS, Packing, encode_shard
 from sft_core.recipe import PackConfig
-
-BATCH_ROWS = 1000
-COMPRESSION = "zstd"
-TOKENS = pa.list_(pa.int32())
-SEQUENCE_SCHEMA = pa.schema([("row_id", pa.string()), ("input_ids", TOKENS), ("labels", TOKENS)])
-
-
-@dataclass(frozen=True, slots=True)
-class _Packing:
-    """One run of the step: what rows are encoded with, and where the books and the quarantine are."""
-
-    tokenizer: Any
-    saved: Any
-    template: str
-    config: PackConfig
-    quarantine: IO[str]
-    tally: Tally = field(default_factory=Tally)
 
 
 def pack_dataset(
@@ -66,9 +45,9 @@ def pack_dataset(
     for folder in (SEQUENCES, "quarantine"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     with (out / "quarantine" / "part-00000.jsonl").open("w", encoding="utf-8") as quarantine:
-        packing = _Packing(loaded, saved, template, config, quarantine)
+        packing = Packing(loaded, saved, template, config, quarantine)
         for shard in shards:
-            _encode_shard(packing, shard, out / SEQUENCES / shard.name)
+            encode_shard(packing, shard, out / SEQUENCES / shard.name)
     tally = packing.tally
     if not tally.lengths:
         raise DataError(
@@ -83,6 +62,7 @@ def pack_dataset(
         "packed_rows": rows,
         "fill": round(sum(tally.lengths) / (rows * config.max_length), 6),
         "longest": max(tally.lengths),
+        "split_sequences": tally.split,
         "special_token_text_rows": tally.typed_rows,
         "chat_template": config.chat_template or "the tokenizer's own",
         "max_length": config.max_length,
@@ -111,82 +91,14 @@ def _pad_with_eos(tokenizer: Any, folder: Path | str) -> None:
     tokenizer.pad_token = tokenizer.eos_token
 
 
-def _encode_shard(packing: _Packing, shard: Path, target: Path) -> None:
-    file = pq.ParquetFile(shard)
-    with pq.ParquetWriter(target, SEQUENCE_SCHEMA, compression=COMPRESSION) as writer:
-        for batch in file.iter_batches(batch_size=BATCH_ROWS):
-            kept = list(_encode_rows(packing, batch.to_pylist()))
-            ids, tokens, labels = zip(*kept, strict=True) if kept else ((), (), ())
-            columns = [pa.array(ids, pa.string()), pa.array(tokens, TOKENS), pa.array(labels, TOKENS)]
-            writer.write_batch(pa.record_batch(columns, schema=SEQUENCE_SCHEMA))
-
-
-def _encode_rows(packing: _Packing, rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[int], list[int]]]:
-    rendered = [(row, renderings) for row in rows if (renderings := _render(packing, row))]
-    sequences = iter(encode_renderings([r for _, renderings in rendered for r in renderings], packing.tokenizer))
-    for row, renderings in rendered:
-        of_row = [next(sequences) for _ in renderings]
-        if packing.tally.proved < PROVED_CONVERSATIONS:
-            prove_row(row, renderings, of_row, packing.saved)
-            packing.tally.proved += 1
-        packing.tally.typed_rows += renderings[0].typed
-        for sequence in of_row:
-            if kept := _admit(packing, row, sequence):
-                packing.tally.keep(len(kept.input_ids), _supervised(kept.labels))
-                yield row["row_id"], kept.input_ids, kept.labels
-
-
-def _render(packing: _Packing, row: dict[str, Any]) -> list[Rendering]:
-    """Renderings of one row; none, and the row in quarantine, if the chat template has no place for it."""
-    try:
-        return render_conversation(row["messages"], packing.tokenizer, packing.template)
-    except RowError as error:
-        packing.tally.enter((1, 0, 0))
-        _set_aside(packing, row, error.reason, (1, 0, 0), error.detail)
-        return []
-
-
-def _admit(packing: _Packing, row: dict[str, Any], sequence: Sequence) -> Sequence | None:
-    """The sequence as it will be trained, shortened if the recipe says so; None once it is in quarantine."""
-    length, supervised = len(sequence.input_ids), _supervised(sequence.labels)
-    limit, overlong = packing.config.max_length, packing.config.overlong
-    packing.tally.enter((1, length, supervised))
-    kept = sequence
-    if length > limit:
-        if overlong == "error":
-            raise DataError(
-                f"{row['dataset']}, {row['file']}, row {row['row_number']}: {length} tokens, pack.max_length "
-                f"is {limit}; raise it, or set pack.overlong to quarantine or truncate"
-            )
-        if overlong == "quarantine":
-            _set_aside(packing, row, "overlong", (1, length, supervised))
-            return None
-        kept = Sequence(sequence.input_ids[:limit], sequence.labels[:limit])
-    left = _supervised(kept.labels)
-    if not left:
-        _set_aside(packing, row, "no_supervised_token", (1, length, supervised))
-        return None
-    if kept is not sequence:
-        packing.tally.drop("truncated", (0, length - limit, supervised - left))
-    return kept
-
-
-def _set_aside(
-    packing: _Packing, row: dict[str, Any], reason: str, counts: tuple[int, int, int], detail: str = ""
-) -> None:
-    packing.tally.drop(reason, counts)
-    entry = {key: row[key] for key in ("row_id", "dataset", "file", "row_number")}
-    entry |= {"reason": reason, "tokens": counts[1]} | ({"detail": detail} if detail else {})
-    packing.quarantine.write(json.dumps(entry, ensure_ascii=False) + "\n")
-
-
-def _supervised(labels: list[int]) -> int:
-    return len(labels) - labels.count(IGNORE_INDEX)
-
-
-def _write_bins(lengths: list[int], settings: PackedSettings, path: Path) -> int:
+def _write_bins(lengths: Lengths, settings: PackedSettings, path: Path) -> int:
     """Write epoch 0's bins with the settings beside them; how many there are."""
-    bins = epoch_bins(lengths, settings.max_length, settings.packing, settings.seed, epoch=0)
-    schema = pa.schema([("bin", TOKENS)], metadata={SETTINGS_KEY: json.dumps(asdict(settings))})
-    pq.write_table(pa.table([pa.array(bins, TOKENS)], schema=schema), path, compression=COMPRESSION)
-    return len(bins)
+    rows = epoch_rows(lengths, settings.max_length, settings.packing, settings.seed, epoch=0)
+    cuts = {} if rows.first is None else {"first": rows.first, "last": rows.last}
+    columns = {"bin": rows.members} | cuts
+    offsets = pa.array(rows.offsets, pa.int32())
+    lists = [pa.ListArray.from_arrays(offsets, pa.array(values, pa.int32())) for values in columns.values()]
+    metadata = {SETTINGS_KEY: json.dumps(asdict(settings))}
+    schema = pa.schema([(name, TOKENS) for name in columns], metadata=metadata)
+    pq.write_table(pa.table(lists, schema=schema), path, compression=COMPRESSION)
+    return len(rows.offsets) - 1

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from sft_core.errors import StoreError
 from sft_core.pack.encoding import Sequence
-from sft_core.pack.packing import epoch_bins
+from sft_core.pack.packing import Piece, epoch_bins
 
 BINS = "bins.parquet"
 SEQUENCES = "sequences"
@@ -58,7 +58,7 @@ class PackedDataset:
 
     @property
     def packing(self) -> str:
-        """`best_fit` or `none`."""
+        """`best_fit`, `concat` or `none`."""
         return self.settings.packing
 
     @property
@@ -66,16 +66,19 @@ class PackedDataset:
         """Fills the end of a row; never trained."""
         return self.settings.pad_token_id
 
-    def sequence(self, index: int) -> Sequence:
-        """Sequence number `index`."""
+    def sequence(self, index: int | Piece) -> Sequence:
+        """Sequence number `index`, or a piece of one with its labels as they are."""
+        if isinstance(index, Piece):
+            whole = self.sequence(index.number)
+            return Sequence(whole.input_ids[index.first : index.last], whole.labels[index.first : index.last])
         return Sequence(self._list("input_ids", index), self._list("labels", index))
 
     def row_id(self, index: int) -> str:
         """The conversation that sequence `index` comes from."""
         return str(self.table.column("row_id")[index].as_py())
 
-    def bins(self, epoch: int) -> list[list[int]]:
-        """Sequence numbers, packed row by packed row, of an epoch."""
+    def bins(self, epoch: int) -> list[list[Any]]:
+        """What `sequence` takes, packed row by packed row, of an epoch: numbers, and with `concat` also `Piece`s."""
         settings = self.settings
         return epoch_bins(self.lengths, settings.max_length, settings.packing, settings.seed, epoch)
 

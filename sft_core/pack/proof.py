@@ -11,7 +11,7 @@ from typing import Any
 from sft_core.errors import DataError
 from sft_core.pack.controls import controls_of
 from sft_core.pack.encoding import Sequence
-from sft_core.pack.rendering import Rendering, plain_message
+from sft_core.pack.rendering import Rendering, plain_message, tools_of
 
 PROVED_CONVERSATIONS = 20
 
@@ -27,9 +27,10 @@ def prove_row(
             _prove_end(where, rendering.text[turn.start : turn.end], answer, saved)
         if not rendering.typed and row["messages"][0]["role"] != "text":
             messages = [plain_message(message, None) for message in row["messages"][: rendering.messages]]
-            served = saved.apply_chat_template(messages, return_dict=True, tokenizer_kwargs={"verbose": False})[
-                "input_ids"
-            ]
+            encoded = saved.apply_chat_template(
+                messages, tools=tools_of(row), return_dict=True, tokenizer_kwargs={"verbose": False}
+            )
+            served = encoded["input_ids"]
             if served != sequence.input_ids:
                 raise DataError(f"{where}: {_difference(sequence.input_ids, served, saved)}")
 

@@ -4,10 +4,15 @@ In: messages, a tokenizer (for the names of its special tokens), a chat template
 trained comes from the template's `{% generation %}` marks, else from the difference between rendered prefixes: what
 `messages[:i + 1]` adds to `messages[:i]` with the generation prompt. Where a template rewrites earlier turns (thinking
 models drop old thoughts), a turn is trained in the rendering that ends with it, as the served model writes it.
+
+Tools: a message may hold `tool_calls` (a list, or its JSON text as the store has it), `name` and `tool_call_id`, a row
+`tools`. They go to the template in Hugging Face's form; one that has no place for them is no template for such rows.
 """
 
+import json
 import os
 import re
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +23,8 @@ from sft_core.errors import RecipeError, RowError
 from sft_core.pack.controls import Controls, controls_of
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+TOOLS_VARIABLE = re.compile(r"\btools\b")
+Tools = SequenceOf[dict[str, Any]]
 Span = tuple[int, int]
 
 
@@ -40,18 +47,28 @@ class Rendering:
     typed: bool
 
 
-def render_conversation(messages: SequenceOf[dict[str, Any]], tokenizer: Any, chat_template: str) -> list[Rendering]:
-    """Renderings in which every trained turn stands once. RowError if the template cannot render the messages."""
+def render_conversation(
+    messages: SequenceOf[dict[str, Any]], tokenizer: Any, chat_template: str, tools: Tools | None = None
+) -> list[Rendering]:
+    """Renderings in which every trained turn stands once. RowError if the template cannot render the messages.
+
+    `tools`: JSON schemas of the functions that the model may call, as `apply_chat_template` takes them.
+    """
     controls = controls_of(tokenizer)
     if not messages:
         raise RowError("empty_conversation", "there are no messages")
-    typed = controls.typed_in([{**message, "role": ""} for message in messages])
-    chat = [plain_message(message, controls if typed else None) for message in messages]
+    chat = [plain_message(message, None) for message in messages]
+    typed = any(map(controls.typed_in, _texts([[{**message, "role": ""} for message in chat], tools])))
+    if typed:
+        chat = [plain_message(message, controls) for message in chat]
+        tools = _cloak(tools, controls)
     if any(message["role"] == "text" for message in chat):
         return [_render_text(messages, chat, tokenizer, typed)]
     if "tool_calls" not in chat_template and any(message.get("tool_calls") for message in chat):
         raise RowError("tool_calls", "the chat template does not render tool calls; they would be lost")
-    renders = _Renders(chat, tokenizer, chat_template)
+    if tools and not TOOLS_VARIABLE.search(chat_template):
+        raise RowError("tools", "the chat template does not render tools; they would be lost")
+    renders = _Renders(chat, tokenizer, chat_template, tools)
     whole = renders.upto(len(chat))[0]
     groups: list[tuple[str, list[TrainedSpan], int]] = []  # last turns first
     for turn in reversed([i for i, message in enumerate(messages) if _is_trained(message)]):
@@ -71,8 +88,9 @@ def render_conversation(messages: SequenceOf[dict[str, Any]], tokenizer: Any, ch
 class _Renders:
     """Renderings of a conversation's first messages, each made once."""
 
-    def __init__(self, chat: list[dict[str, Any]], tokenizer: Any, chat_template: str) -> None:
+    def __init__(self, chat: list[dict[str, Any]], tokenizer: Any, chat_template: str, tools: Tools | None) -> None:
         self._chat = chat
+        self._tools = list(tools) if tools else None
         self._tokenizer = tokenizer
         self._template = chat_template
         self._marked = GENERATION_MARK.search(chat_template) is not None
@@ -112,6 +130,7 @@ class _Renders:
         try:
             texts, marks = render_jinja_template(
                 conversations=[self._chat[:count]],
+                tools=self._tools,
                 chat_template=self._template,
                 return_assistant_tokens_mask=self._marked,
                 add_generation_prompt=prompt,
@@ -130,10 +149,50 @@ def _is_trained(message: dict[str, Any]) -> bool:
 
 
 def plain_message(message: dict[str, Any], controls: Controls | None) -> dict[str, Any]:
-    """The message as the template sees it: no weight, no empty keys, special tokens' strings cloaked."""
+    """The message as the template sees it: no weight, no empty keys, tool calls as a list, special tokens' strings
+    cloaked."""
     kept = {key: value for key, value in message.items() if value is not None and key not in ("role", "weight")}
-    cloaked = controls.cloak(kept) if controls else kept
+    if "tool_calls" in kept:
+        kept["tool_calls"] = _dicts_in(kept["tool_calls"], "tool_calls")
+    cloaked = _cloak(kept, controls) if controls else kept
     return {"role": message["role"], "content": "", **cloaked}
+
+
+def tools_of(row: dict[str, Any]) -> Tools | None:
+    """The tools of a stored row: its column `tools`, JSON text or null. RowError if it holds something else."""
+    return _dicts_in(row["tools"], "tools") if row.get("tools") else None
+
+
+def _dicts_in(value: Any, where: str) -> list[dict[str, Any]]:
+    """A list of mappings, or the JSON text of one."""
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise RowError("tools", f"{where} is not JSON: {error}") from None
+    if not isinstance(parsed, list) or not all(isinstance(entry, dict) for entry in parsed):
+        raise RowError("tools", f"{where} is not a list of objects: {str(value)[:80]!r}")
+    return parsed
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Every text in `value`, keys of mappings included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from (key, *_texts(part))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _texts(part)
+
+
+def _cloak(value: Any, controls: Controls) -> Any:
+    """`value` with special tokens' strings cloaked, keys of mappings included: a tool's argument may be called so."""
+    if isinstance(value, dict):
+        return {controls.cloak(key): _cloak(part, controls) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_cloak(part, controls) for part in value]
+    return controls.cloak(value)
 
 
 def _render_text(

@@ -3,6 +3,7 @@
 In: one call a sequence or refused row. Out: the ledger, in sequences, tokens and supervised tokens, and figures.
 """
 
+from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,18 +17,22 @@ Counts = tuple[int, int, int]
 class Tally:
     """Grows while rows stream by."""
 
-    entered: Counter[str] = field(default_factory=Counter)
+    entered: list[int] = field(default_factory=lambda: [0] * len(UNITS))
     set_aside: dict[str, Counter[str]] = field(default_factory=dict)
-    lengths: list[int] = field(default_factory=list)
+    lengths: "array[int]" = field(default_factory=lambda: array("i"))
+    """Tokens of each sequence that goes on; 4 bytes each, for this is what grows with the data."""
     supervised: int = 0
     proved: int = 0
     """Rows checked against the saved tokenizer."""
+    split: int = 0
+    """Sequences over `max_length` that became several."""
     typed_rows: int = 0
     """Rows in which somebody typed a special token's string."""
 
     def enter(self, counts: Counts) -> None:
         """Something came in."""
-        self.entered.update(dict(zip(UNITS, counts, strict=True)))
+        for unit, count in enumerate(counts):
+            self.entered[unit] += count
 
     def drop(self, reason: str, counts: Counts) -> None:
         """Of what came in, something is left out."""
@@ -43,13 +48,13 @@ class Tally:
         out = dict(zip(UNITS, (len(self.lengths), sum(self.lengths), self.supervised), strict=True))
         return {
             unit: {
-                "in": self.entered[unit],
+                "in": entered,
                 "out": out[unit],
                 "set_aside": {
                     reason: counts[unit] for reason, counts in sorted(self.set_aside.items()) if counts[unit]
                 },
             }
-            for unit in UNITS
+            for unit, entered in zip(UNITS, self.entered, strict=True)
         }
 
     def reasons(self) -> str:

@@ -30,16 +30,20 @@ class DatasetConfig(Section):
     """One source of rows and the function that reads them."""
 
     path: str
-    """Hub id, local file, glob, folder, or any fsspec URL."""
+    """Hub id, local file, glob, folder (also one that `save_to_disk` wrote), or any fsspec URL."""
+    source: Literal["hub", "openmind", "modelscope"] | None = None
+    """Whose id `path` is: Hugging Face's `hub`, `openmind` or `modelscope` (their packages are optional); null for a
+    file or folder where there is one, else the hub."""
     name: str | None = None
-    """Configuration of a hub data set (`load_dataset`'s `name`)."""
+    """Configuration of a hub data set (`load_dataset`'s `name`, ModelScope's `subset_name`)."""
     split: str = "train"
-    """Split of a hub data set."""
+    """Split of a hub data set, or of a saved DatasetDict."""
     revision: str | None = None
-    """Hub branch, tag or commit; resolved to a commit before anything runs."""
+    """Hub branch, tag or commit; resolved to a commit before anything runs (openMind, ModelScope: their rows are
+    hashed instead)."""
     map_fn: str = "default"
-    """alpaca, alpaca_zh, oasst1, openai, code_alpaca, medical, tiny_codes, default; `package.module:function`;
-    `path.py:function`."""
+    """Shipped name (alpaca, oasst1, openai, messages, sharegpt, ...; `sft data check FILE` names those that fit),
+    `package.module:function` or `path.py:function`."""
     weight: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Fraction of the rows to keep, chosen by content and seed."""
 
@@ -65,10 +69,12 @@ class PackConfig(Section):
     """Tokens a packed row."""
     chat_template: str | None = None
     """Shipped name, Jinja file, or null for the tokenizer's own."""
-    packing: Literal["best_fit", "none"] = "best_fit"
-    """How sequences share rows: `best_fit` (none cut, none lost) or `none` (one a row)."""
-    overlong: Literal["quarantine", "error", "truncate"] = "quarantine"
-    """What happens to a conversation longer than `max_length` tokens; counted in any case."""
+    packing: Literal["best_fit", "concat", "none"] = "best_fit"
+    """How sequences share rows: `best_fit` (none cut, none lost), `concat` (XTuner's: laid end to end and cut every
+    `max_length` tokens, none lost) or `none` (one a row)."""
+    overlong: Literal["quarantine", "error", "truncate", "split"] = "quarantine"
+    """What happens to a sequence longer than `max_length` tokens; counted in any case. `split` makes several of it,
+    each untrained at its first token; `truncate` keeps the head. Decided before packing, `concat` too."""
 
 
 class LoraConfig(Section):

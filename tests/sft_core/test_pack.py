@@ -94,6 +94,7 @@ def test_files_and_sequences(tokenizer: Path, tmp_path: Path) -> None:
         "packed_rows": 2,
         "fill": round(34 / 48, 6),
         "longest": 12,
+        "split_sequences": 0,
         "special_token_text_rows": 0,
         "chat_template": "plain",
         "max_length": 24,
@@ -215,8 +216,8 @@ def test_other_tokens_after_loading_are_refused(
 
     load = pack._load_tokenizer
 
-    def altered(folder: Path | str) -> Any:
-        loaded = load(folder)
+    def altered(folder: Path | str, trust_remote_code: bool = False) -> Any:
+        loaded = load(folder, trust_remote_code)
         if Path(folder).name == "tokenizer":
             loaded.chat_template = loaded.chat_template.replace("### Human", "###Human:")
         return loaded

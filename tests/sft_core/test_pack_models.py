@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,6 +14,7 @@ from sft_core.artifacts import check_ledger
 from sft_core.pack import IGNORE_INDEX as NO
 from sft_core.pack import encode_conversation, encode_messages, load_chat_template, load_packed, pack_dataset
 from sft_core.pack.controls import controls_of
+from sft_core.pack.places import ByBytes, ByOffsets, byte_lengths
 from sft_core.recipe import PackConfig
 
 SHARED = Path(__file__).parents[2].parent / "shared"
@@ -112,8 +114,11 @@ def test_the_way_for_typed_text_reads_real_rows_alike(request: Any, which: str, 
     tokenizer = request.getfixturevalue(which)
     for messages in alpaca("alpaca_en_demo.json", 50):
         text = tokenizer.apply_chat_template(messages, chat_template=load_chat_template(template), tokenize=False)
-        ids, _ = controls_of(tokenizer).encode_cloaked(text)
-        assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+        controls = controls_of(tokenizer)
+        assert (
+            controls.ids_of_cloaked(controls.encoding_of_cloaked(text))
+            == tokenizer(text, add_special_tokens=False)["input_ids"]
+        )
 
 
 def test_the_step_on_real_rows(tmp_path: Path) -> None:
@@ -131,3 +136,20 @@ def test_the_step_on_real_rows(tmp_path: Path) -> None:
     assert outcome.facts["fill"] > 0.95
     assert outcome.facts["pad_token"] == "</s>"
     assert sorted(i for members in packed.bins(3) for i in members) == list(range(len(packed)))
+
+
+@pytest.mark.parametrize("name", ["alpaca_en_demo.json", "alpaca_zh_demo.json"])
+def test_counting_bytes_finds_what_offsets_find(minimind: Any, name: str) -> None:
+    lengths = byte_lengths(minimind)
+    assert lengths is not None
+    for messages in alpaca(name, 100):
+        text = minimind.apply_chat_template(messages, chat_template=load_chat_template("chatml"), tokenize=False)
+        encoding = minimind.backend_tokenizer.encode(text, add_special_tokens=False)
+        by_bytes = ByBytes(text, np.cumsum([0, *lengths[encoding.ids]]))
+        assert by_bytes.fits()
+        for start in range(0, len(text) - 9, 7):
+            assert by_bytes.span(start, start + 9) == ByOffsets(encoding).span(start, start + 9)
+
+
+def test_only_byte_level_tokenizers_are_counted(stories: Any) -> None:
+    assert byte_lengths(stories) is None

@@ -1,0 +1,249 @@
+"""How quick is preparing? Run by hand: `python benchmarks/prepare.py [--rows N] [--file ROWS.json] [--memory N]`.
+
+In: alpaca-like rows made here from a seed (or a JSON file of alpaca rows), and a tokenizer. Out: ratios that were taken
+within one run, several times over, because a machine's own speed comes and goes:
+
+    pack      tokens a second of pack_dataset, from messages to files, over raw `tokenizers` encode_batch of its texts
+    bins      seconds and fill of 1,000,000 alpaca-like lengths at 2048
+    memory    peak RSS of packing 10 N rows over that of packing N (`--memory N`; 100000 for the real thing)
+    trl       the same rows through TRL's preparation (assistant-only loss, bfd), where TRL is installed; or from a
+              Python that has it: `--trl-python /tmp/trl/bin/python`
+"""
+
+import argparse
+import json
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+MINIMIND = ROOT.parent / "shared" / "models" / "minimind-tokenizer"
+TEMPLATE = "chatml"
+CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+ROWS_A_SHARD = 20_000
+
+
+def main() -> None:
+    """Take the figures asked for and print them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=20_000, help="conversations to pack")
+    parser.add_argument("--repeat", type=int, default=3, help="times each ratio is taken")
+    parser.add_argument("--file", type=Path, help="a JSON list of alpaca rows to take in turn, instead of made ones")
+    parser.add_argument("--lengths", type=int, default=1_000_000, help="lengths to pack")
+    parser.add_argument("--memory", type=int, default=0, help="rows of the smaller of two runs; 0 leaves it out")
+    parser.add_argument("--template", default=TEMPLATE, help="a shipped one, or `own`: the tokenizer's")
+    parser.add_argument("--trl-python", default=sys.executable, help="a Python that has TRL")
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)  # conversations, tokenizer, out: in a child process
+    options = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    template = None if options.template == "own" else options.template
+    if options.peak:
+        print(json.dumps(peak_of(*map(Path, options.peak), template)))
+        return
+    with tempfile.TemporaryDirectory(prefix="sft-prepare-") as name:
+        folder = Path(name)
+        tokenizer = MINIMIND if MINIMIND.is_dir() else trained_tokenizer(folder / "tokenizer")
+        print(f"tokenizer {tokenizer.name}, template {options.template}, {options.rows} rows")
+        conversations = write_conversations(folder / "rows", options.rows, options.file)
+        raw = measure_pack(conversations, tokenizer, template, options.repeat)
+        measure_bins(options.lengths)
+        if options.memory:
+            measure_memory(folder, tokenizer, options)
+        measure_trl(folder, conversations, tokenizer, options.trl_python, raw)
+
+
+def measure_pack(conversations: Path, tokenizer: Path, template: str | None, repeat: int) -> float:
+    """pack_dataset against encode_batch, by turns; tokens a second of the latter."""
+    from transformers import AutoTokenizer
+
+    from sft_core.pack import load_chat_template, pack_dataset
+    from sft_core.pack.rendering import render_conversation
+    from sft_core.recipe import PackConfig
+
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    text = load_chat_template(template, loaded)
+    texts = [r.text for messages in read_messages(conversations) for r in render_conversation(messages, loaded, text)]
+    backend = loaded.backend_tokenizer
+    figures = []
+    for turn in range(repeat + 1):
+        started = clocks()
+        tokens = 0
+        for start in range(0, len(texts), 1000):
+            tokens += sum(map(len, backend.encode_batch(texts[start : start + 1000], add_special_tokens=False)))
+        raw = clocks() - started
+        with tempfile.TemporaryDirectory() as out:
+            started = clocks()
+            outcome = pack_dataset(conversations, tokenizer, PackConfig(chat_template=template), 42, Path(out))
+            ours = clocks() - started
+        assert outcome.ledger["tokens"]["in"] == tokens, (outcome.ledger["tokens"], tokens)
+        wall, cpu = raw / ours
+        print(
+            f"  raw {tokens / raw[0]:12,.0f} pack {tokens / ours[0]:12,.0f} tokens/s: {wall:.3f} of raw, CPU {cpu:.3f}"
+        )
+        if turn:  # the first warms caches
+            figures.append((wall, cpu, tokens / raw[0]))
+    wall, cpu, speed = map(statistics.median, zip(*figures, strict=True))
+    print(f"pack    {wall:.3f} of raw encode_batch (target 0.8), {cpu:.3f} by CPU")
+    return speed
+
+
+def clocks() -> Any:
+    """Seconds by the wall, and of CPU over all threads: the latter hears less of a machine's other users."""
+    import numpy as np
+
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def measure_bins(count: int) -> None:
+    """Best fit of alpaca-like lengths."""
+    import numpy as np
+
+    from sft_core.pack import epoch_bins, pack_lengths
+
+    drawn = np.exp(np.random.default_rng(0).normal(np.log(120), 0.75, count)).astype(int)
+    lengths = np.clip(drawn, 20, 2048)
+    started = time.perf_counter()
+    bins = pack_lengths(lengths, 2048)
+    between = time.perf_counter()
+    epoch = epoch_bins(lengths, 2048, "best_fit", 42, 1)
+    took, epoch_took = between - started, time.perf_counter() - between
+    assert sum(map(len, bins)) == sum(map(len, epoch)) == count
+    fill = lengths.sum() / (len(bins) * 2048)
+    print(f"bins    {count} lengths in {took:.2f} s, an epoch in {epoch_took:.2f} s; fill {fill:.5f} (target 0.995)")
+
+
+def measure_memory(folder: Path, tokenizer: Path, options: argparse.Namespace) -> None:
+    """Peak resident memory of two sizes, each in a process of its own."""
+    peaks = []
+    for count in (options.memory, 10 * options.memory):
+        conversations = write_conversations(folder / f"rows-{count}", count, options.file)
+        command = [sys.executable, __file__, "--template", options.template, "--peak", str(conversations)]
+        command += [str(tokenizer), str(folder / f"out-{count}")]
+        child = subprocess.run(command, check=True, capture_output=True, text=True)
+        peaks.append(json.loads(child.stdout.splitlines()[-1]))
+        print(f"  {count} rows: peak {peaks[-1]['peak_mb']:.0f} MB")
+    print(f"memory  {peaks[1]['peak_mb'] / peaks[0]['peak_mb']:.3f} times for 10 times the rows (target 1.2)")
+
+
+def peak_of(conversations: Path, tokenizer: Path, out: Path, template: str | None) -> dict[str, float]:
+    """Pack, and say what it took at most."""
+    from sft_core.pack import pack_dataset
+    from sft_core.recipe import PackConfig
+
+    pack_dataset(conversations, tokenizer, PackConfig(chat_template=template), 42, out)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"peak_mb": peak}
+
+
+def measure_trl(folder: Path, conversations: Path, tokenizer: Path, python: str, raw: float) -> None:
+    """The same messages through TRL, on all cores, if that Python has it."""
+    if subprocess.run([python, "-c", "import trl"], check=False, capture_output=True).returncode:
+        print(f"trl     not installed in {python}")
+        return
+    (folder / "messages.jsonl").write_text(
+        "".join(json.dumps({"messages": messages}) + "\n" for messages in read_messages(conversations))
+    )
+    command = [
+        python,
+        str(Path(__file__).with_name("prepare_trl.py")),
+        str(folder / "messages.jsonl"),
+        str(tokenizer),
+        str(folder / "trl"),
+    ]
+    command.append(str(ROOT / "sft_core" / "pack" / "templates" / f"{TEMPLATE}.jinja"))
+    child = subprocess.run(command, check=False, capture_output=True, text=True)
+    if child.returncode:
+        print(f"trl     failed: {child.stderr.strip().splitlines()[-1]}")
+        return
+    figures = json.loads(child.stdout.splitlines()[-1])
+    speed = figures["tokens"] / figures["seconds"]
+    print(f"trl     {speed:,.0f} tokens/s, {speed / raw:.3f} of raw encode_batch (TRL {figures['version']})")
+
+
+def write_conversations(folder: Path, count: int, file: Path | None) -> Path:
+    """A folder as normalize writes it, of one-turn rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from sft_core.normalize.dataset import CONVERSATION_SCHEMA
+
+    (folder / "train").mkdir(parents=True)
+    pairs = alpaca_rows(file) if file else made_rows(seed=0)
+    rows: list[dict[str, Any]] = []
+    for number, (question, answer) in zip(range(count), pairs, strict=False):
+        messages = [
+            {"role": "user", "content": question, "weight": None},
+            {"role": "assistant", "content": answer, "weight": 1},
+        ]
+        origin = {"dataset": "alpaca", "file": "made", "row_number": number}
+        rows.append({"row_id": f"{number:032x}", "messages": messages, **origin})
+        if len(rows) == ROWS_A_SHARD or number == count - 1:
+            path = folder / "train" / f"part-{number // ROWS_A_SHARD:05d}.parquet"
+            pq.write_table(pa.Table.from_pylist(rows, schema=CONVERSATION_SCHEMA), path, compression="zstd")
+            rows = []
+    return folder
+
+
+def read_messages(conversations: Path) -> Iterator[list[dict[str, Any]]]:
+    """Messages of all rows."""
+    from sft_core.fetch import read_shards
+
+    return (row["messages"] for row in read_shards(conversations / "train"))
+
+
+def alpaca_rows(file: Path) -> Iterator[tuple[str, str]]:
+    """Questions and answers of a JSON list of alpaca rows, over and over."""
+    rows = json.loads(file.read_text("utf-8"))
+    while True:
+        for row in rows:
+            yield f"{row['instruction']}\n{row.get('input') or ''}".strip(), row["output"]
+
+
+def made_rows(seed: int) -> Iterator[tuple[str, str]]:
+    """English-like rows with alpaca's lengths: words of a Zipf law, sentences, now and then a list or a number."""
+    drawn = random.Random(seed)
+    syllables = (
+        "ta re mi con pro ing er ation ly ment al the un sta ble port ver ex press st and ous qu i o ness".split()
+    )
+    words = ["".join(drawn.choices(syllables, k=drawn.randint(1, 4))) for _ in range(20_000)]
+    weights = [1 / (rank + 3) for rank in range(len(words))]
+    stock = drawn.choices(words, weights, k=400_000)
+
+    def text(median: float, spread: float) -> str:
+        count = min(700, max(3, int(drawn.lognormvariate(0, spread) * median)))
+        start = drawn.randrange(len(stock) - count)
+        chosen = stock[start : start + count]
+        for at in range(0, count, 13):
+            chosen[at] = chosen[at].capitalize() if at % 3 else f"{drawn.randrange(2000)}."
+        return " ".join(chosen).replace(". ", ".\n\n", 1) + "."
+
+    while True:
+        yield text(12, 0.5), text(50, 1.0)
+
+
+def trained_tokenizer(folder: Path) -> Path:
+    """A byte-level BPE of 6400 tokens, trained on made rows."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend, pairs = Tokenizer(models.BPE()), made_rows(seed=1)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=6400, special_tokens=CONTROLS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    backend.train_from_iterator((" ".join(next(pairs)) for _ in range(5000)), trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    made.save_pretrained(folder)
+    return folder
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""`sft data check` and `sft data preview`."""
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.preview import preview
+
+if TYPE_CHECKING:
+    from sft_core.normalize import CheckReport
+
+app = typer.Typer(no_args_is_help=True, help="Look at data before it is trained on.")
+
+
+app.command()(preview)
+
+
+@app.callback()
+def data() -> None:
+    """Look at data before it is trained on."""
+
+
+@app.command()
+def check(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="File, glob, folder, fsspec URL or hub id.")],
+    map_fn: Annotated[
+        str | None, typer.Option(help="Shipped name, module:function or path.py:function; else the best fitting one.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Configuration of a hub data set.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
+) -> None:
+    """Read and normalize a data set, and report what became of its rows. Nothing is kept.
+
+    Example: sft data check rows.jsonl --map-fn alpaca
+    """
+    from sft_core.normalize import check_dataset
+    from sft_core.recipe import DatasetConfig
+
+    report = check_dataset(DatasetConfig(path=file, name=name, split=split), map_fn)
+    print(_as_json(file, report) if as_json else _as_text(file, report))
+
+
+def _as_json(file: str, report: "CheckReport") -> str:
+    fields = {
+        "file": file,
+        "map_fn": report.map_fn,
+        "map_fn_chosen": report.chosen,
+        "rows_in": report.rows_in,
+        "rows_out": report.rows_out,
+        "quarantined": report.quarantined,
+        "fitting": report.fitting,
+        "tried_rows": report.tried_rows,
+        "columns": report.columns,
+        "examples": report.examples,
+        "ledger": report.ledger,
+    }
+    return json.dumps(fields, indent=2)  # ASCII: an example may hold half of a character, or the console little
+
+
+def _as_text(file: str, report: "CheckReport") -> str:
+    origin = " (the best fitting one)" if report.chosen and report.fitting else ""
+    if report.chosen and report.map_fn == "pretrain":
+        origin = " (no other reads a row: plain text, without requests and answers)"
+    lines = [file, f"map_fn: {report.map_fn}{origin}", f"rows in: {report.rows_in}", f"rows out: {report.rows_out}"]
+    lines.append(f"quarantined: {sum(report.quarantined.values())}")
+    for reason, count in report.quarantined.items():
+        example = report.examples[reason]
+        lines.append(f"  {count} {reason}, such as {example['file']} row {example['row_number']}: {example['detail']}")
+    if report.little_fits:
+        lines.append(_advice(report))
+    return "\n".join(lines).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _advice(report: "CheckReport") -> str:
+    others = {name: count for name, count in report.fitting.items() if count and name != report.map_fn}
+    columns = ", ".join(report.columns) or "none"
+    if not others:
+        return f"No other shipped map_fn reads the columns ({columns}); write your own: path.py:function"
+    read = ", ".join(f"{name} (reads {count} of the first {report.tried_rows} rows)" for name, count in others.items())
+    return f"The columns ({columns}) also fit {read}"

@@ -1,0 +1,179 @@
+"""`sft data preview`: rows of a recipe as the model will see them.
+
+In: a recipe. Out: of the first rows of each data set, every token that training will read, the trained ones marked.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cli.run import RecipeArgument, SetOption
+
+RowsOption = Annotated[int, typer.Option("--rows", min=1, metavar="N", help="Rows to show, over all data sets.")]
+TRAINED_STYLE = "bold green"
+PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
+"""Control characters as pictures of them: a row must not steer the terminal."""
+Piece = tuple[str, bool]
+"""A part of a sequence's text, and whether it is trained."""
+
+
+@dataclass(frozen=True, slots=True)
+class Previewed:
+    """One sequence of a row, or why the row makes none."""
+
+    heading: str
+    pieces: tuple[Piece, ...]
+
+
+def preview(recipe: RecipeArgument, rows: RowsOption = 3, set_: SetOption = None) -> None:
+    """Show rows as the model will see them: every token, the trained ones in colour.
+
+    Fetches and normalizes the recipe's data sets into a temporary folder, so the store is left alone, and renders the
+    first training rows with the recipe's chat template. Without colours (a pipe, NO_COLOR) trained text stands in
+    [[ ]]. A row that the template cannot render is shown with the reason, as is one longer than pack.max_length.
+
+    Example: sft data preview demo --rows 5
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    from sft_core.recipe import parse_settings, resolve
+
+    resolved = resolve(recipe, parse_settings(set_ or []))
+    console = Console(highlight=False, soft_wrap=True)
+    if console.color_system is None or console.no_color:
+        print(preview_text(resolved, rows), end="")
+        return
+    for shown in preview_rows(resolved, rows):
+        console.print(Text(shown.heading, "bold"))
+        console.print(styled(shown.pieces), end=gap(shown))
+
+
+def preview_rows(recipe: Any, rows: int) -> Iterator[Previewed]:
+    """The first training rows of `recipe`, as many of each data set as of the others. SftError as in a run."""
+    from sft_core.pack import load_chat_template
+
+    tokenizer = _tokenizer(recipe.base_model)
+    template = load_chat_template(recipe.pack.chat_template, tokenizer)
+    with tempfile.TemporaryDirectory(prefix="sft-preview-") as folder:
+        for row in _conversations(recipe, rows, Path(folder)):
+            yield from _sequences(row, tokenizer, template, recipe.pack)
+
+
+def preview_text(recipe: Any, rows: int) -> str:
+    """What a terminal without colours shows."""
+    return "".join(f"{shown.heading}\n{bracketed(shown.pieces)}{gap(shown)}" for shown in preview_rows(recipe, rows))
+
+
+def gap(shown: Previewed) -> str:
+    """What makes one empty line before the next row."""
+    return "\n" if not shown.pieces or shown.pieces[-1][0].endswith("\n") and not shown.pieces[-1][1] else "\n\n"
+
+
+def bracketed(pieces: tuple[Piece, ...]) -> str:
+    """Trained text in [[ ]]."""
+    return "".join(f"[[{text}]]" if trained else text for text, trained in pieces)
+
+
+def styled(pieces: tuple[Piece, ...]) -> Any:
+    """Trained text in colour, the rest dim."""
+    from rich.text import Text
+
+    return Text.assemble(*[(text, TRAINED_STYLE if trained else "dim") for text, trained in pieces])
+
+
+def _tokenizer(base: Any) -> Any:
+    """The base model's tokenizer; of one on the hub, nothing else is downloaded."""
+    from transformers import AutoTokenizer  # imports torch
+
+    from sft_core.base_model import describe_base_model, local_base_model
+    from sft_core.errors import ModelError
+
+    local = Path(base.path).is_dir()
+    where = local_base_model(base, None) if local else base.path
+    revision = None if local else describe_base_model(base).commit
+    try:
+        return AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=base.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"base_model.path {where}: no tokenizer can be loaded: {str(error).splitlines()[0]}") from None
+
+
+def _conversations(recipe: Any, rows: int, folder: Path) -> Iterator[dict[str, Any]]:
+    """The first training rows that fetch and normalize make of the recipe's data sets."""
+    from sft_core.errors import DataError
+    from sft_core.fetch import fetch_dataset, read_shards
+    from sft_core.normalize import NormalizeSource, normalize_dataset
+
+    sources = []
+    for number, dataset in enumerate((*recipe.datasets, *recipe.eval_datasets)):
+        fetch_dataset(dataset, folder / f"fetch-{number}")
+        sources.append(
+            NormalizeSource(
+                rows=folder / f"fetch-{number}",
+                map_fn=dataset.map_fn,
+                name=dataset.path,
+                weight=dataset.weight,
+                held_out=number >= len(recipe.datasets),
+            )
+        )
+    out = folder / "normalize"
+    lenient = recipe.normalize.model_copy(update={"max_quarantined_fraction": 1.0})
+    try:
+        normalize_dataset(sources, lenient, recipe.eval_fraction, recipe.seed, out)
+    except DataError:  # an empty side; with training rows there is something to look at all the same
+        if next(read_shards(out / "train"), None) is None:
+            raise
+    yield from _first_rows(out, rows, len({dataset.path for dataset in recipe.datasets}))
+
+
+def _first_rows(conversations: Path, rows: int, datasets: int) -> Iterator[dict[str, Any]]:
+    """At most `rows` of the training side, evenly over its data sets."""
+    from sft_core.fetch import read_shards
+
+    shares = [rows // datasets + (number < rows % datasets) for number in range(datasets)]
+    left: dict[str, int] = {}
+    for row in read_shards(conversations / "train"):
+        name = row["dataset"]
+        if name not in left:
+            left[name] = shares[len(left)]
+        if left[name]:
+            left[name] -= 1
+            yield row
+        elif len(left) == datasets and not any(left.values()):
+            return
+
+
+def _sequences(row: dict[str, Any], tokenizer: Any, template: str, pack: Any) -> Iterator[Previewed]:
+    """The sequences of one row; one without text if the template refuses it."""
+    from sft_core.errors import RowError
+    from sft_core.pack.encoding import IGNORE_INDEX, encode_renderings
+    from sft_core.pack.rendering import render_conversation, tools_of
+
+    heading = f"row {row['row_id']}  {row['dataset']}: {row['file']}, row {row['row_number']}"
+    try:
+        renderings = render_conversation(row["messages"], tokenizer, template, tools=tools_of(row))
+    except RowError as error:
+        yield Previewed(f"{heading}  set aside by pack: {error}", ())
+        return
+    sequences = encode_renderings(renderings, tokenizer)
+    for number, sequence in enumerate(sequences, 1):
+        trained = [label != IGNORE_INDEX for label in sequence.labels]
+        which = f"  sequence {number} of {len(sequences)}" if len(sequences) > 1 else ""
+        counts = f"  {len(trained)} tokens, {sum(trained)} trained"
+        long = f"  over pack.max_length {pack.max_length}: {pack.overlong}" if len(trained) > pack.max_length else ""
+        yield Previewed(heading + which + counts + long, _pieces(tokenizer, sequence.input_ids, trained))
+
+
+def _pieces(tokenizer: Any, ids: list[int], trained: list[bool]) -> tuple[Piece, ...]:
+    """The decoded text, cut where training begins and ends. Cut after decoding: pieces by themselves lose spaces."""
+    ends = [end for end in range(1, len(ids) + 1) if end == len(ids) or trained[end] != trained[end - 1]]
+    pieces, before = [], ""
+    for end in ends:
+        text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        pieces.append((text[len(before) :].translate(PICTURES), trained[end - 1]))
+        before = text
+    return tuple(pieces)

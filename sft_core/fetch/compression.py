@@ -1,0 +1,84 @@
+"""Compressed files, told by the last suffix of their name: .gz, .bz2, .xz, .lzma, .zst, .lz4, and .zip of one file.
+
+In: a file's name, and the file opened in binary. Out: the plain bytes. Zstandard and LZ4 are read by pyarrow, which
+reads several frames in a row and needs no further package. A zip of several files is refused: unpack it to a folder.
+"""
+
+import bz2
+import gzip
+import io
+import lzma
+import zipfile
+import zlib
+from pathlib import PurePosixPath
+from typing import IO, cast
+
+import pyarrow as pa
+
+from sft_core.errors import SourceError
+
+COMPRESSION_OF_SUFFIX = {
+    ".gz": "gzip",
+    ".bz2": "bz2",
+    ".xz": "xz",
+    ".lzma": "xz",
+    ".zst": "zstd",
+    ".lz4": "lz4",
+    ".zip": "zip",
+}
+DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, pa.ArrowException, UnicodeDecodeError)
+"""What broken bytes raise, below any compression or in Parquet and Arrow (whose columns' names must be UTF-8)."""
+LONGEST_REASON = 300
+
+
+def compression_of(name: str) -> str | None:
+    """Name of the compression, or None.
+
+    >>> compression_of("train.jsonl.ZST"), compression_of("train.jsonl")
+    ('zstd', None)
+    """
+    return COMPRESSION_OF_SUFFIX.get(PurePosixPath(name).suffix.lower())
+
+
+def plain_suffix(name: str) -> str:
+    """The suffix below a compression's.
+
+    >>> plain_suffix("train.JSONL.gz")
+    '.jsonl'
+    """
+    path = PurePosixPath(name)
+    return (path.with_suffix("") if compression_of(name) else path).suffix.lower()
+
+
+def reason(error: Exception) -> str:
+    """Type and beginning of a library's message, which may quote kilobytes of the file."""
+    text = f"{type(error).__name__}: {error}"
+    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
+
+
+def decompress(file: IO[bytes], name: str) -> IO[bytes]:
+    """`file` itself, or a reader of what is compressed in it."""
+    match compression_of(name):
+        case None:
+            return file
+        case "gzip":
+            return cast(IO[bytes], gzip.GzipFile(fileobj=file, mode="rb"))
+        case "bz2":
+            return cast(IO[bytes], bz2.BZ2File(file))
+        case "xz":
+            return cast(IO[bytes], lzma.LZMAFile(file))
+        case "zip":
+            return _only_member(file, name)
+        case codec:
+            return cast(IO[bytes], io.BufferedReader(pa.CompressedInputStream(file, codec)))
+
+
+def _only_member(file: IO[bytes], name: str) -> IO[bytes]:
+    archive = zipfile.ZipFile(file)
+    members = [m for m in archive.infolist() if not m.is_dir() and not m.filename.startswith("__MACOSX/")]
+    if len(members) != 1:
+        raise SourceError(f"{name}: a zip of {len(members)} files; unpack it and name the folder as the path")
+    try:
+        return archive.open(members[0])
+    except RuntimeError as error:  # encrypted, or a method that Python cannot read
+        raise SourceError(f"{name}: {members[0].filename} in it cannot be read: {error}; unpack it yourself") from error

@@ -1,0 +1,103 @@
+"""Which tokens hold which characters of a text.
+
+In: a text's tokens. Out: for a span of characters, the first token and the one past the last that hold any of it.
+
+Byte-level BPE spells every byte of a text, in order, so the places follow from the lengths of the tokens: `ByBytes`.
+Then the tokenizer need not track offsets (`encode_batch_fast`), an eighth of its work. Everything else asks the
+tokenizer: `ByOffsets`.
+"""
+
+import json
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Places(Protocol):
+    """Places of the tokens of one text."""
+
+    def span(self, start: int, end: int) -> tuple[int, int]:
+        """First token and the one past the last that hold a character from `start` to `end`."""
+        ...
+
+    def begins_before(self, token: int, start: int) -> bool:
+        """Whether `token` begins before character `start`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ByOffsets:
+    """Places as a tokenizers.Encoding has them. Its list of offsets is made only where it must be: it is slow."""
+
+    encoding: Any
+
+    def span(self, start: int, end: int) -> tuple[int, int]:
+        """First token and the one past the last that hold a character from `start` to `end`."""
+        encoding = self.encoding
+        first, last = encoding.char_to_token(start), encoding.char_to_token(end)
+        if first is None or last is None:  # a border between tokens: white space that was dropped, the text's end
+            offsets = encoding.offsets
+            first = bisect_right(offsets, start, key=lambda offset: offset[1])
+            return first, bisect_left(offsets, end, key=lambda offset: offset[0])
+        while last and encoding.token_to_chars(last - 1)[0] >= end:  # tokens without a character of their own
+            last -= 1
+        while last < len(encoding) and encoding.token_to_chars(last)[0] < end:
+            last += 1
+        return first, last
+
+    def begins_before(self, token: int, start: int) -> bool:
+        """Whether `token` begins before character `start`."""
+        return bool(self.encoding.token_to_chars(token)[0] < start)
+
+
+@dataclass(frozen=True, slots=True)
+class ByBytes:
+    """Places by counting bytes. `borders`: where each token begins, and where the last ends, from any zero."""
+
+    text: str
+    borders: NDArray[np.int64]
+
+    def fits(self) -> bool:
+        """Whether the tokens are as long as the text: not if the tokenizer dropped or added anything."""
+        return int(self.borders[-1] - self.borders[0]) == self._byte(len(self.text))
+
+    def span(self, start: int, end: int) -> tuple[int, int]:
+        """First token and the one past the last that hold a character from `start` to `end`."""
+        zero = self.borders[0]
+        first = np.searchsorted(self.borders[1:], zero + self._byte(start), side="right")
+        return int(first), int(np.searchsorted(self.borders[:-1], zero + self._byte(end), side="left"))
+
+    def begins_before(self, token: int, start: int) -> bool:
+        """Whether `token` begins before character `start`."""
+        return bool(self.borders[token] - self.borders[0] < self._byte(start))
+
+    def _byte(self, character: int) -> int:
+        return character if self.text.isascii() else len(self.text[:character].encode("utf-8", "surrogatepass"))
+
+
+@lru_cache(maxsize=8)
+def byte_lengths(tokenizer: Any) -> NDArray[np.int64] | None:
+    """Bytes of text by id, of a fast tokenizer whose tokens spell the bytes of a text; None for others."""
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    model, splitter = description["model"], description["pre_tokenizer"] or {}
+    steps = splitter.get("pretokenizers", [splitter])
+    spelled = (
+        model["type"] == "BPE"
+        and not (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
+        and description["normalizer"] is None
+        and steps[-1].get("type") == "ByteLevel"
+        and not any(step.get("add_prefix_space") for step in steps)
+        and all(step["type"] in ("ByteLevel", "Digits", "Split") for step in steps)
+        and not any(step.get("behavior") == "Removed" for step in steps)
+    )
+    if not spelled:
+        return None
+    lengths = {token_id: len(piece) for piece, token_id in model["vocab"].items()}  # one character a byte
+    lengths |= {token["id"]: len(token["content"].encode()) for token in description["added_tokens"]}
+    table = np.zeros(max(lengths) + 1, np.int64)
+    table[list(lengths)] = list(lengths.values())
+    return table

@@ -1,0 +1,84 @@
+"""`sft data preview` as text, on a byte tokenizer."""
+
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from cli.preview import preview, preview_text
+from sft_core.errors import DataError, ModelError
+from sft_core.recipe import resolve
+
+RECIPE = """
+name: test
+store: {folder}/store
+base_model: {{path: {model}}}
+datasets: [{{path: {folder}/a.jsonl, map_fn: oasst1}}, {{path: {folder}/b.jsonl, map_fn: oasst1}}]
+eval_fraction: 1.0e-9
+pack: {{max_length: 100, chat_template: chatml}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_model: Path) -> Path:
+    for name in "ab":
+        rows = [f'{{"text": "### Human: say {name}{i}### Assistant: ü {name}{i}"}}\n' for i in range(4)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows), "utf-8")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(folder=tmp_path, model=tiny_model))
+    return path
+
+
+def test_rows_of_every_data_set_with_the_trained_part_marked(recipe: Path) -> None:
+    lines = preview_text(resolve(str(recipe), {}), 3).splitlines()
+    headings = [line for line in lines if line.startswith("row ")]
+    assert [heading.split("/")[-1].split(", ")[0].split(": ")[0] for heading in headings] == ["a.jsonl"] * 2 + [
+        "b.jsonl"
+    ]
+    assert headings[0].endswith("row 1  32 tokens, 6 trained")
+    assert lines[1:6] == [
+        "<|im_start|>user",
+        "say a0<|im_end|>",
+        "<|im_start|>assistant",
+        "[[ü a0<|im_end|>]]",
+        "",
+    ]
+    assert not (recipe.parent / "store").exists()
+
+
+def test_refused_and_long_rows_say_so(recipe: Path) -> None:
+    long = preview_text(resolve(str(recipe), {"pack": {"max_length": 20}}), 1)
+    assert "32 tokens, 6 trained  over pack.max_length 20: quarantine\n" in long
+    file = recipe.parent / "asks.jinja"
+    file.write_text("{{ raise_exception('not today') }}")
+    shown = preview_text(resolve(str(recipe), {"pack": {"chat_template": str(file)}}), 1)
+    assert "set aside by pack: template_error: the chat template refuses messages 0..1: not today\n" in shown
+
+
+def test_control_characters_are_shown_not_sent(recipe: Path) -> None:
+    (recipe.parent / "a.jsonl").write_text('{"text": "### Human: q\\u001b[2J### Assistant: a"}\n')
+    assert "q␛[2J" in preview_text(resolve(str(recipe), {}), 2)
+
+
+def test_faults_are_those_of_a_run(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="base_model.path"):
+        preview_text(resolve(str(recipe), {"base_model": {"path": str(tmp_path)}}), 1)
+    for name in "ab":
+        (recipe.parent / f"{name}.jsonl").write_text('{"other": 1}\n')
+    with pytest.raises(DataError, match="missing_column"):
+        preview_text(resolve(str(recipe), {}), 1)
+
+
+def test_command_without_and_with_colours(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = typer.Typer()
+    app.command()(preview)
+    plain = CliRunner().invoke(app, [str(recipe), "--rows", "1"])
+    assert plain.exit_code == 0
+    assert "[[ü a0<|im_end|>]]" in plain.output
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    colour = CliRunner().invoke(app, [str(recipe), "--rows", "1"])
+    assert "\x1b[1;32mü a0<|im_end|>\x1b[0m" in colour.output
+    assert "[[" not in colour.output

@@ -1,0 +1,120 @@
+"""`sft data check`: its figures, the map_fn it chooses, its two ways to print."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cli.main import app
+from sft_core.errors import RecipeError, SourceError
+from sft_core.normalize import CheckReport, check_dataset
+from sft_core.recipe import DatasetConfig
+
+
+def check(tmp_path: Path, rows: list, map_fn: str | None = None) -> CheckReport:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines), "utf-8")
+    return check_dataset(DatasetConfig(path=str(tmp_path / "rows.jsonl")), map_fn)
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["data", "check", *arguments])
+    assert result.exit_code == 0, result
+    return result.stdout
+
+
+CHAT = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]
+CALLS = [{"role": "user", "content": "A"}, {"role": "assistant", "tool_calls": [{"name": "f"}]}]
+
+
+class TestReport:
+    def test_figures(self, tmp_path):
+        report = check(tmp_path, [{"input": "I", "output": "O"}, {"input": "I", "output": ""}, "{broken"], "default")
+        assert (report.rows_in, report.rows_out, report.chosen) == (3, 1, False)
+        assert report.quarantined == {"empty_answer": 1, "not_json": 1}
+        assert report.examples["not_json"]["row_number"] == 3
+        assert report.ledger["rows"] == {"in": 3, "out": 1, "set_aside": {"empty_answer": 1, "not_json": 1}}
+        assert report.little_fits
+
+    @pytest.mark.parametrize(
+        ("row", "map_fn"),
+        [
+            ({"instruction": "I", "input": "", "output": "O"}, "alpaca"),
+            ({"instruction_zh": "I", "input_zh": "", "output_zh": "O", "instruction": "I", "output": "O"}, "alpaca_zh"),
+            ({"messages": CHAT}, "messages"),
+            ({"messages": CALLS}, "messages"),
+            (CHAT, "messages"),
+            ({"text": "### Human: A### Assistant: B"}, "oasst1"),
+            ({"text": "Once upon a time"}, "pretrain"),
+            ({"conversations": [{"from": "human", "value": "A"}, {"from": "gpt", "value": "B"}]}, "sharegpt"),
+            (
+                {"conversations": "[{'from': 'user', 'value': 'A'}, {'from': 'assistant', 'value': 'B'}]"},
+                "msagent_react",
+            ),
+            ({"question": "Q", "answer": "A"}, "gsm8k"),
+            ({"question": "Q", "answer": "A", "context": "C"}, "sql"),
+        ],
+    )
+    def test_the_best_fitting_one(self, tmp_path, row, map_fn):
+        report = check(tmp_path, [row])
+        assert (report.map_fn, report.chosen, report.rows_out) == (map_fn, True, 1)
+
+    def test_plain_text_is_the_last_choice(self, tmp_path):
+        report = check(tmp_path, [{"text": "### Human: A### Assistant: B"}, *({"text": f"{n}"} for n in range(9))])
+        assert (report.map_fn, report.fitting) == ("oasst1", {"oasst1": 1, "pretrain": 10})
+
+    def test_nothing_fits(self, tmp_path):
+        report = check(tmp_path, [{"q": 1}])
+        assert (report.map_fn, report.fitting, report.rows_out) == ("default", {}, 0)
+        assert report.columns == ("q",)
+
+    def test_a_map_fn_of_ones_own(self, tmp_path):
+        (tmp_path / "mine.py").write_text("def read(row):\n    return {'text': row['q']}\n")
+        name = f"{tmp_path / 'mine.py'}:read"
+        assert check(tmp_path, [{"q": "x"}], name).map_fn == name
+
+    def test_faults(self, tmp_path):
+        with pytest.raises(RecipeError, match="did you mean 'alpaca'"):
+            check(tmp_path, [], "alpacca")
+        with pytest.raises(SourceError, match=r"nope\.json"):
+            check_dataset(DatasetConfig(path=str(tmp_path / "nope.json")))
+
+
+class TestCommand:
+    def test_text(self, tmp_path):
+        check(tmp_path, [{"messages": CHAT}, {"messages": []}])
+        assert run(str(tmp_path / "rows.jsonl")).split("\n")[1:] == [
+            "map_fn: messages (the best fitting one)",
+            "rows in: 2",
+            "rows out: 1",
+            "quarantined: 1",
+            "  1 no_turns, such as rows.jsonl row 2: column 'messages' is empty",
+            "",
+        ]
+
+    def test_plain_text_is_said_to_be_one(self, tmp_path):
+        check(tmp_path, [{"text": "A"}])
+        assert "map_fn: pretrain (no other reads a row: plain text" in run(str(tmp_path / "rows.jsonl"))
+
+    def test_advice_when_little_fits(self, tmp_path):
+        check(tmp_path, [{"messages": CALLS, "id": 1}])
+        path = str(tmp_path / "rows.jsonl")
+        advice = "The columns (id, messages) also fit messages (reads 1 of the first 1 rows)"
+        assert advice in run(path, "--map-fn", "openai_map_fn")
+        check(tmp_path, [{"q": "\ud800"}])
+        assert "No other shipped map_fn reads the columns (q); write your own: path.py:function" in run(path)
+
+    def test_json(self, tmp_path):
+        check(tmp_path, [{"messages": CHAT}, "7"])
+        report = json.loads(run(str(tmp_path / "rows.jsonl"), "--json"))
+        assert (report["rows_in"], report["rows_out"], report["map_fn"]) == (2, 1, "messages")
+        assert report["quarantined"] == {"wrong_type": 1}
+        assert report["ledger"]["turns"] == {"in": 1, "out": 1, "set_aside": {}}
+
+    def test_it_needs_neither_prefect_nor_mlflow(self, tmp_path, monkeypatch):
+        for name in ("prefect", "mlflow", "torch"):
+            monkeypatch.setitem(sys.modules, name, None)
+        check(tmp_path, [{"messages": CHAT}])
+        assert "rows out: 1" in run(str(tmp_path / "rows.jsonl"))
