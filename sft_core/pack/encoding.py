@@ -65,7 +65,7 @@ def encode_conversation(
     messages: SequenceOf[dict[str, Any]],
     tokenizer: Any,
     chat_template: str,
-    tools: list[dict[str, Any]] | None = None,
+    tools: SequenceOf[dict[str, Any]] | None = None,
 ) -> list[Sequence]:
     """Sequences in which every trained turn is trained once: one, unless the template rewrites earlier turns."""
     return encode_renderings(render_conversation(messages, tokenizer, chat_template, tools=tools), tokenizer)
