@@ -7,7 +7,7 @@ within one run, several times over, because a machine's own speed comes and goes
     bins      seconds and fill of 1,000,000 alpaca-like lengths at 2048
     memory    peak RSS of packing 10 N rows over that of packing N (`--memory N`; 100000 for the real thing)
     trl       the same rows through TRL's preparation (assistant-only loss, bfd), where TRL is installed; or from a
-              Python that has it: `--trl-python /tmp/trl/bin/python`
+              Python that has it: `--trl-python PYTHON`
 """
 
 import argparse
