@@ -112,7 +112,7 @@ def part_run(part: str, recipe: Recipe, plan: Plan) -> Iterator[PartRun]:
     try:
         yield PartRun(run_id, parent_id)
         status = "FINISHED"
-    except Exception:
+    except Exception:  # raised again: only the run's status is decided here
         status = "FAILED"
         raise
     finally:

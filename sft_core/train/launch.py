@@ -59,7 +59,7 @@ def run_training(spec: Path, num_processes: int, log: Path, on_line: Callable[[s
     try:
         tail = _relay(process, log, on_line)
         status = process.wait()
-    except BaseException:
+    except BaseException:  # also a cancelled flow's signal and Ctrl-C: the child must never be left behind
         _stop(process)
         raise
     finally:
