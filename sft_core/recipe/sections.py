@@ -44,8 +44,9 @@ class DatasetConfig(Section):
     map_fn: str = "default"
     """Shipped name (alpaca, oasst1, openai, messages, sharegpt, ...; `sft data check FILE` names those that fit),
     `package.module:function` or `path.py:function`."""
-    weight: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Fraction of the rows to keep, chosen by content and seed."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Times that a row is seen in an epoch. Below 1 a fraction of the rows is kept, chosen by content and seed; with
+    2.5 every row is seen twice an epoch, and every other one (drawn anew each epoch) once more."""
 
 
 class ScheduleConfig(Section):
@@ -60,6 +61,9 @@ class NormalizeConfig(Section):
 
     max_quarantined_fraction: Fraction = 0.05
     """Fraction of rows. Above it the run fails and names the commonest reasons."""
+    near_duplicates: Annotated[float, Field(gt=0, le=1)] | None = 0.8
+    """Jaccard similarity (0 to 1) from which on a held-out conversation counts as one of the training side and is set
+    aside; null keeps all but exact copies."""
 
 
 class PackConfig(Section):
