@@ -101,6 +101,22 @@ class EarlierFolder:
             shutil.copyfile(source, target)
 
 
+class EarlierRemote:
+    """An earlier artifact at `address` of an fsspec file system; its files are downloaded."""
+
+    def __init__(self, fs: Any, address: str) -> None:
+        self._fs, self._address = fs, address
+        self._by_key = {shard.key: shard for shard in parse_shard_list(fs.cat_file(f"{address}/{SHARDS}").decode())}
+
+    def find(self, key: str) -> Shard | None:
+        """The shard with this key."""
+        return self._by_key.get(key)
+
+    def copy(self, shard: Shard, pattern: str, target: Path) -> None:
+        """Download one of its files."""
+        self._fs.get_file(f"{self._address}/{pattern.replace('*', shard.name)}", str(target))
+
+
 @dataclass(frozen=True, slots=True)
 class Sharding:
     """Where shards may be taken from, and what runs the work on the others."""
@@ -191,10 +207,12 @@ def build_shards(
 def read_shard_list(folder: Path) -> list[Shard]:
     """The shards of an artifact, in order; none where it has no list."""
     path = folder / SHARDS
-    if not path.is_file():
-        return []
-    entries = json.loads(path.read_text("utf-8"))
+    return parse_shard_list(path.read_text("utf-8")) if path.is_file() else []
+
+
+def parse_shard_list(text: str) -> list[Shard]:
+    """What `shards.json` says."""
     return [
         Shard(**{**entry, "files": {name: StoredFile(**file) for name, file in entry["files"].items()}})
-        for entry in entries
+        for entry in json.loads(text)
     ]

@@ -18,9 +18,12 @@ import fsspec
 from sft_core.artifacts import KIND_OF_STEP, MANIFEST, Artifact, Manifest, StoredFile
 from sft_core.errors import StoreError
 from sft_core.fingerprint import hash_file, hash_text
+from sft_core.shards import Earlier, EarlierFolder, EarlierRemote, NothingEarlier
 
 WORK_IN_PROGRESS = "checkpoints"
 """Folder inside a train artifact's address that holds resumable state and is no part of the artifact."""
+LATEST = "latest"
+"""Folder of hints: which artifact each step of each recipe wrote last."""
 
 
 class Store:
@@ -74,6 +77,26 @@ class Store:
             return []
         found = (self.read_manifest(step, folder.rstrip("/").rsplit("/", 1)[-1]) for folder in folders)
         return sorted((m for m in found if m is not None), key=lambda m: m.started)
+
+    def remember(self, name: str, step: str, fingerprint: str) -> None:
+        """Note that `name` (a recipe and a step's key) was last built as this: a hint, for `earlier` alone."""
+        path = f"{self._root}/{LATEST}/{name}"
+        self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        self._fs.pipe_file(path, f"{step}/{fingerprint}\n".encode())
+
+    def earlier(self, name: str) -> Earlier:
+        """Shards of what `name` was last built as, where that is complete."""
+        try:
+            step, _, fingerprint = self._fs.cat_file(f"{self._root}/{LATEST}/{name}").decode().strip().partition("/")
+        except FileNotFoundError:
+            return NothingEarlier()
+        if self.find(step, fingerprint) is None:
+            return NothingEarlier()
+        address = self.address(step, fingerprint)
+        try:
+            return EarlierFolder(Path(address)) if self.is_local else EarlierRemote(self._fs, address)
+        except (OSError, ValueError, TypeError, KeyError):  # no list of shards, or not one of this version
+            return NothingEarlier()
 
     @contextmanager
     def staging(self, step: str) -> Iterator[Path]:
