@@ -15,7 +15,7 @@ def list_() -> None:
 
     for name, text in shipped_recipes().items():
         first = text.split("\n", 1)[0]
-        print(f"{name:28} {first.removeprefix('# ') if first.startswith('#') else ''}".rstrip())
+        print(f"{name:38} {first.removeprefix('# ') if first.startswith('#') else ''}".rstrip())
 
 
 @app.command()
@@ -48,3 +48,32 @@ def copy(
         raise RecipeError(f"{out}: exists already; choose another file")
     out.write_text(recipes[name], "utf-8")
     print(f"{out}: edit it, then: sft run {out}")
+
+
+@app.command("import")
+def import_(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.py", help="XTuner config; it is read, never run.")],
+    out: Annotated[Path | None, typer.Option(help="Recipe file to write; printed if not given.")] = None,
+) -> None:
+    """Turn an XTuner config into a recipe, and name what has no counterpart."""
+    from sft_core.errors import RecipeError
+    from sft_core.recipe.xtuner import import_config
+
+    if out is not None and out.exists():
+        raise RecipeError(f"{out}: exists already; choose another file")
+    imported = import_config(config)
+    if out is None:
+        print(imported.text, end="")
+        return
+    try:
+        out.write_text(imported.text, "utf-8")
+    except OSError as error:
+        raise RecipeError(f"--out {out}: cannot be written: {error.strerror}") from None
+    print(f"{out}: {imported.keys} keys from {config}; {len(imported.remarks)} settings have no counterpart:")
+    for remark in imported.remarks:
+        print(f"  {remark.name} = {remark.value}: {remark.why}")
+    if imported.skipped:
+        print(f"{len(imported.skipped)} statements were not followed, only running them would tell what they do:")
+    for statement in imported.skipped:
+        print(f"  line {statement.line}: {statement.source}")
+    print(f"Next: read {out}, then: sft explain {out}")

@@ -1,15 +1,19 @@
 """Scores of one model: checked against transformers' own loss and a model that is made to know the answer."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_core.errors import DataError, ModelError
 from sft_core.evaluate import EvaluatedModel, evaluate_model, read_report
+from sft_core.evaluate.examples import Example, read_examples
 from sft_core.evaluate.generation import generate_answers
 from sft_core.evaluate.scoring import score_sequences
 from sft_core.pack import Sequence, encode_conversation, load_chat_template
@@ -23,8 +27,14 @@ def conversations(tmp_path_factory: pytest.TempPathFactory, write_conversations:
     return write_conversations(tmp_path_factory.mktemp("data") / "c", 0, 9)
 
 
-def model_of(folder: Path, max_length: int = 128) -> EvaluatedModel:
-    return EvaluatedModel(folder=folder, max_length=max_length, chat_template=load_chat_template("chatml"))
+def model_of(folder: Path, max_length: int = 128, template: str = "chatml") -> EvaluatedModel:
+    return EvaluatedModel(folder=folder, max_length=max_length, chat_template=load_chat_template(template))
+
+
+def example_of(tiny_model: Path, messages: list[dict[str, Any]]) -> Example:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    sequences = encode_conversation(messages, tokenizer, load_chat_template("chatml"))
+    return Example("r", "d", [], sequences, messages)
 
 
 def test_loss_equals_transformers_own_and_does_not_depend_on_the_batch(tiny_model: Path) -> None:
@@ -54,9 +64,26 @@ def test_the_report_holds_every_held_out_row_and_the_same_again(
     assert (tmp_path / "a/scores.parquet").read_bytes() == (tmp_path / "b/scores.parquet").read_bytes()
     report = read_report(tmp_path / "a")
     assert len(report.scores) == 9
-    assert sum(score.answer is not None for score in report.scores) == 3
+    for key in ("answer", "exact_match", "rouge_l"):
+        assert sum(getattr(score, key) is not None for score in report.scores) == 3
     assert report.metrics() == outcome.facts["metrics"]
     assert all(score.reference.endswith("!") for score in report.scores)
+    ids = {row["row_id"] for path in (conversations / "heldout").glob("*") for row in pq.read_table(path).to_pylist()}
+    assert {score.row_id for score in report.scores} == ids
+    assert json.loads((tmp_path / "a/report.json").read_text())["identity"] == outcome.facts["identity"]
+
+
+def test_bytes_are_the_texts_own_and_encodings_tell_templates_apart(
+    tiny_model: Path, conversations: Path, tmp_path: Path
+) -> None:
+    for template in ("chatml", "llama3_chat"):
+        evaluate_model(model_of(tiny_model, template=template), conversations, CONFIG, 42, tmp_path / template)
+    a, b = (read_report(tmp_path / template) for template in ("chatml", "llama3_chat"))
+    assert [s.num_bytes for s in a.scores] == [s.num_bytes for s in b.scores]
+    assert [s.num_bytes for s in a.scores] == [len(s.reference.encode()) for s in a.scores]
+    assert all(x.encoding != y.encoding for x, y in zip(a.scores, b.scores, strict=True))
+    assert a.identity.tokenizer == b.identity.tokenizer
+    assert a.identity.chat_template != b.identity.chat_template
 
 
 def test_rows_over_max_length_are_set_aside_and_counted(tiny_model: Path, conversations: Path, tmp_path: Path) -> None:
@@ -92,11 +119,26 @@ def test_an_answer_ends_at_the_stop_token_whatever_its_neighbours_do(tiny_model:
 
 
 def test_generation_starts_from_the_ids_of_training(tiny_model: Path) -> None:
-    from sft_core.evaluate import _prompt_ids
-
+    messages = [{"role": "user", "content": "say <|im_end|>"}, {"role": "assistant", "content": "ok", "weight": 1}]
+    example = example_of(tiny_model, messages)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    messages = [{"role": "user", "content": "say <|im_end|>"}, {"role": "assistant", "content": "ok"}]
-    (sequence,) = encode_conversation(messages, tokenizer, load_chat_template("chatml"))
-    prompt = _prompt_ids(sequence)
-    assert tokenizer.decode(prompt) == "<|im_start|>user\nsay <|im_end|><|im_end|>\n<|im_start|>assistant\n"
-    assert prompt.count(tokenizer.eos_token_id) == 1  # the typed one is text
+    assert tokenizer.decode(example.prompt_ids) == "<|im_start|>user\nsay <|im_end|><|im_end|>\n<|im_start|>assistant\n"
+    assert example.prompt_ids.count(tokenizer.eos_token_id) == 1  # the typed one is text
+    assert example.stop_id == tokenizer.eos_token_id
+
+
+def test_no_answer_is_asked_for_an_untrained_or_called_last_message(tiny_model: Path) -> None:
+    asked = {"role": "user", "content": "a"}
+    first = {"role": "assistant", "content": "b", "weight": 1}
+    last = {"role": "assistant", "content": "c", "weight": 0}
+    whole = example_of(tiny_model, [asked, first, asked, {**last, "weight": 1}])
+    assert whole.answer_is_trained
+    assert not replace(whole, messages=[asked, first, asked, last]).answer_is_trained
+    assert not replace(whole, messages=[asked, {**first, "tool_calls": "[]"}]).answer_is_trained
+    assert not replace(whole, messages=[{"role": "text", "content": "d", "weight": 1}]).answer_is_trained
+
+
+def test_rows_carry_tags(tiny_model: Path, conversations: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    examples, _ = read_examples(conversations, tokenizer, load_chat_template("chatml"), 128)
+    assert {tuple(example.tags) for example in examples} == {("one turn",)}

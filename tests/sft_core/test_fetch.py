@@ -12,9 +12,10 @@ import fsspec
 import huggingface_hub
 import pytest
 
+from sft_core import shard_rows
 from sft_core.artifacts import check_ledger
 from sft_core.errors import DataError, SourceError
-from sft_core.fetch import HubSource, SourceDescription, describe_source, fetch_dataset, read_shards, shards
+from sft_core.fetch import HubSource, SourceDescription, cuts, describe_source, fetch_dataset, read_shards
 from sft_core.recipe import DatasetConfig
 
 ROW = '{"b": "\u4f60\u597d", "a": 1}'
@@ -40,7 +41,9 @@ def texts(rows: list[tuple]) -> list[str]:
 
 class TestPlaces:
     @pytest.mark.parametrize(("suffix", "codec"), [("gz", gzip), ("bz2", bz2), ("xz", lzma)])
-    def test_compressed(self, tmp_path, suffix, codec):
+    @pytest.mark.parametrize("small", [0, 1_000_000])
+    def test_compressed(self, tmp_path, monkeypatch, suffix, codec, small):
+        monkeypatch.setattr(cuts, "SMALL_FILE_BYTES", small)
         packed = codec.compress(f"{ROW}\n".encode())
         assert fetch_bytes(tmp_path, f"a.jsonl.{suffix}", packed) == [(ROW, f"a.jsonl.{suffix}", 1, None)]
         with pytest.raises(SourceError, match="damaged, or cut short|cannot be read"):
@@ -105,7 +108,9 @@ class TestIdentity:
         two.write_text('{"a": 2}\n')
         assert describe_source(DatasetConfig(path=str(two))).parts != parts
 
-    def test_a_file_that_changes_meanwhile(self, tmp_path):
+    @pytest.mark.parametrize("small", [0, 1_000_000])
+    def test_a_file_that_changes_meanwhile(self, tmp_path, monkeypatch, small):
+        monkeypatch.setattr(cuts, "SMALL_FILE_BYTES", small)
         path = tmp_path / "a.jsonl"
         path.write_text('{"a": 1}\n')
         expected = describe_source(DatasetConfig(path=str(path)))
@@ -114,7 +119,7 @@ class TestIdentity:
             fetch_dataset(DatasetConfig(path=str(path)), tmp_path / "out", expected)
 
     def test_same_bytes_twice_and_nothing_else(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(shards, "ROWS_PER_SHARD", 2)
+        monkeypatch.setattr(shard_rows, "MOST_ROWS", 2)
         path = tmp_path / "a.jsonl"
         path.write_text('{"a": 1}\n{"a": 2}\n{"a": 3}\n')
         written = []
@@ -122,7 +127,7 @@ class TestIdentity:
             fetch(path, out)
             written.append({p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file()})
         assert written[0] == written[1]
-        assert sorted(written[0]) == ["rows/part-00000.parquet", "rows/part-00001.parquet"]
+        assert sorted(written[0]) == ["rows/part-00000.parquet", "rows/part-00001.parquet", "shards.json"]
 
     def test_a_change_of_output_needs_a_new_step_version(self, tmp_path):
         rows = fetch_bytes(tmp_path, "a.jsonl", b'{"a": 1}\n\n{"a": "\xff"}\n')

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sft_core.errors import DataError, SourceError
-from sft_core.fetch import fetch_dataset, json_rows, read_shards
+from sft_core.fetch import cuts, fetch_dataset, json_rows, read_shards
 from sft_core.recipe import DatasetConfig
 
 
@@ -51,8 +51,10 @@ LINES = (
 )
 
 
+@pytest.mark.parametrize("small", [0, 1 << 40], ids=["large", "small"])
 @pytest.mark.parametrize("suffix", ["", *CODECS])
-def test_broken_lines_plain_and_compressed(tmp_path, suffix):
+def test_broken_lines_plain_and_compressed(tmp_path, monkeypatch, suffix, small):
+    monkeypatch.setattr(cuts, "SMALL_FILE_BYTES", small)
     name, content = (f"a.jsonl.{suffix}", CODECS[suffix](LINES)) if suffix else ("a.jsonl", LINES)
     rows = fetch_bytes(tmp_path, name, content)
     assert [(text[:20], number, problem) for text, number, problem in rows] == [
@@ -154,17 +156,19 @@ def fetch_or_say_why(tmp_path: Path, name: str, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet", ".arrow", ".gz", ".json.zst", ".csv.zip"])
-def test_random_bytes(tmp_path, suffix):
+def test_random_bytes(tmp_path, monkeypatch, suffix):
     draw = random.Random(suffix)
     for number in range(60):
+        monkeypatch.setattr(cuts, "SMALL_FILE_BYTES", draw.choice([0, 1 << 40]))
         start = draw.choice(MAGIC.get(suffix, [b"", b"[", b'{"a": ', b"[["]))
         fetch_or_say_why(tmp_path, f"f{number}{suffix}", start + draw.randbytes(draw.choice([0, 1, 7, 300, 5000])))
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_whole_files_with_a_few_bytes_changed_cut_or_doubled(tmp_path, name):
+def test_whole_files_with_a_few_bytes_changed_cut_or_doubled(tmp_path, monkeypatch, name):
     draw = random.Random(name)
     for number in range(60):
+        monkeypatch.setattr(cuts, "SMALL_FILE_BYTES", draw.choice([0, 1 << 40]))
         content = bytearray(WHOLE[name])
         for _ in range(draw.randint(1, 4)):
             at = draw.randrange(len(content))

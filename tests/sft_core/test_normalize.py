@@ -1,44 +1,64 @@
-"""normalize: conservation of rows, sides that stay, the limits."""
+"""normalize: conservation of rows, the limits."""
 
 import json
 import random
+import zlib
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sft_core.artifacts import Outcome, check_ledger
 from sft_core.errors import DataError
-from sft_core.fetch import fetch_dataset, read_shards
+from sft_core.fetch import fetch_dataset
 from sft_core.normalize import (
     MAP_FNS,
     NormalizeSource,
     normalize_dataset,
 )
+from sft_core.normalize.sketch import sketch
 from sft_core.recipe import DatasetConfig, NormalizeConfig
+from sft_core.shard_rows import read_shards
+from sft_core.shards import Sharding
+
+HERE = Sharding()
 
 
 def source(tmp_path: Path, rows: list, name: str = "rows", **keys) -> NormalizeSource:
     """A fetched data set of these rows; texts are lines as they stand."""
-    folder, fetched = tmp_path / "sources" / name, tmp_path / "fetched" / f"{name}-{len(rows)}"
+    lines = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+    folder, fetched = tmp_path / "sources" / name, tmp_path / "fetched" / f"{name}-{zlib.crc32(lines.encode())}"
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    (folder / f"{name}.jsonl").write_text("\n".join(lines), "utf-8")
+    (folder / f"{name}.jsonl").write_text(lines, "utf-8")
     fetch_dataset(DatasetConfig(path=str(folder)), fetched)
     return NormalizeSource(rows=fetched, name=name, **{"map_fn": "default", **keys})
 
 
-def normalize(out: Path, *sources: NormalizeSource, fraction: float = 0.5, seed: int = 0, limit: float = 1) -> Outcome:
+def normalize(
+    out: Path,
+    *sources: NormalizeSource,
+    fraction: float = 0.5,
+    seed: int = 0,
+    limit: float = 1,
+    near: float | None = None,
+    sharding: Sharding = HERE,
+) -> Outcome:
     """Run the step and check that its ledger, its files and its figures agree."""
-    outcome = normalize_dataset(sources, NormalizeConfig(max_quarantined_fraction=limit), fraction, seed, out)
+    config = NormalizeConfig(max_quarantined_fraction=limit, near_duplicates=near)
+    outcome = normalize_dataset(sources, config, fraction, seed, out, sharding)
     check_ledger("normalize", outcome.ledger)
     train, heldout = side(out, "train"), side(out, "heldout")
     assert outcome.ledger["rows"]["out"] == len(train) + len(heldout)
     assert (outcome.facts["train_rows"], outcome.facts["heldout_rows"]) == (len(train), len(heldout))
     aside = {key: n for key, n in outcome.ledger["rows"]["set_aside"].items() if key != "not_sampled"}
-    assert sum(aside.values()) == len(quarantine(out))
+    assert aside == Counter(row["reason"] for row in quarantine(out))
     assert outcome.ledger["characters"]["out"] == sum(len(m["content"]) for r in train + heldout for m in r["messages"])
-    ids = [row["row_id"] for row in train + heldout]
+    ids = [row["row_id"] for row in heldout]
     assert len(set(ids)) == len(ids)
+    assert not {row["row_id"] for row in train} & set(ids)
+    places = [(row["dataset"], row["file"], row["row_number"]) for row in train + heldout + quarantine(out)]
+    assert len(set(places)) == len(places)
     return outcome
 
 
@@ -52,6 +72,10 @@ def quarantine(out: Path) -> list[dict]:
 
 def pairs(count: int, start: int = 0) -> list[dict]:
     return [{"input": f"Q{n}", "output": f"A{n}"} for n in range(start, start + count)]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def answers(rows: list[dict]) -> set[str]:
@@ -92,7 +116,7 @@ class TestRows:
         first = next(row for row in side(tmp_path / "out", "train") if row["row_number"] == 2)
         no_tools = dict.fromkeys(["tool_calls", "name", "tool_call_id"])
         assert first == {
-            "row_id": "94142dc8d79468144585de55864b11df",
+            "row_id": "c21995abb16230af98c09d0a6010d985",  # of [["user","Q1"],["assistant","A1"]], by sha256sum
             "messages": [
                 {"role": "user", "content": "Q1", "weight": None} | no_tools,
                 {"role": "assistant", "content": "A1", "weight": 1} | no_tools,
@@ -102,6 +126,17 @@ class TestRows:
             "file": "rows.jsonl",
             "row_number": 2,
         }
+        signature = np.load(tmp_path / "out" / "signatures" / "part-00000.npy")[0]
+        assert signature[:8].tobytes().hex() == "cd2b65dec7cc384a"  # of `q1 a1`, by openssl dgst -shake128
+        whole = sketch([" ".join(map(str, range(100)))])[0]
+        assert whole[:8].tolist() == [38, 100, 230, 236, 220, 194, 106, 150]
+
+    def test_text_that_is_not_utf8_in_a_detail(self, tmp_path):
+        (tmp_path / "mine.py").write_text("def read(row):\n    raise ValueError(row['input'])\n")
+        rows = source(tmp_path, ['{"input": "\\ud800"}', *pairs(2)], map_fn=f"{tmp_path / 'mine.py'}:read")
+        with pytest.raises(DataError, match="no training rows"):
+            normalize(tmp_path / "out", rows)
+        assert quarantine(tmp_path / "out")[0]["detail"] == "ValueError: \\ud800"
 
     def test_bare_message_lists(self, tmp_path):
         rows = [[{"role": "user", "content": "Q"}, {"role": "assistant", "content": f"A{n}"}] for n in range(9)]
@@ -159,63 +194,6 @@ class TestRows:
         assert "map_fn_error" not in outcome.ledger["rows"]["set_aside"]
 
 
-class TestSides:
-    def test_rows_keep_their_side_and_id_when_rows_are_added(self, tmp_path):
-        normalize(tmp_path / "monday", source(tmp_path, pairs(100)), fraction=0.2)
-        normalize(tmp_path / "tuesday", source(tmp_path, pairs(150, -50)), fraction=0.2, seed=7)
-        for name in ("train", "heldout"):
-            monday = {row["row_id"]: row["messages"] for row in side(tmp_path / "monday", name)}
-            tuesday = {row["row_id"]: row["messages"] for row in side(tmp_path / "tuesday", name)}
-            assert monday.items() <= tuesday.items()
-        assert 10 <= len(side(tmp_path / "monday", "heldout")) <= 30
-
-    def test_duplicates_stay_together(self, tmp_path):
-        normalize(tmp_path / "out", source(tmp_path, [*pairs(50), *pairs(50)]))
-        train, heldout = side(tmp_path / "out", "train"), side(tmp_path / "out", "heldout")
-        assert not answers(train) & answers(heldout)
-        assert len(train) + len(heldout) == 100
-
-    def test_a_weight_of_an_answer_does_not_change_its_side(self, tmp_path):
-        def rows(loss: bool) -> list:
-            turns = [{"input": "A", "output": "B"}, {"input": "C", "output": "D", "output_with_loss": loss}]
-            return [{"conversation": [{**turn, "system": f"{n}"} for turn in turns]} for n in range(40)]
-
-        normalize(tmp_path / "out", source(tmp_path, rows(True), "one"), source(tmp_path, rows(False), "two"))
-        systems = [{row["messages"][0]["content"] for row in side(tmp_path / "out", s)} for s in ("train", "heldout")]
-        assert not systems[0] & systems[1]
-
-    def test_a_held_out_data_set_gives_way_to_training(self, tmp_path):
-        evaluation = source(tmp_path, pairs(10, 5), "evaluation", held_out=True)
-        sources = (evaluation, source(tmp_path, pairs(10), "training"))
-        outcome = normalize(tmp_path / "out", *sources, fraction=0, limit=0)
-        assert answers(side(tmp_path / "out", "heldout")) == {f"A{n}" for n in range(10, 15)}
-        assert outcome.ledger["rows"]["set_aside"] == {"also_in_training": 5}
-        assert outcome.ledger["turns"] == {"in": 20, "out": 15, "set_aside": {"also_in_training": 5}}
-        assert outcome.facts["quarantined_fraction"] == 0
-        assert {row["reason"] for row in quarantine(tmp_path / "out")} == {"also_in_training"}
-
-    def test_weight_keeps_a_fraction_by_content_and_seed(self, tmp_path):
-        kept = []
-        for seed in (0, 0, 1):
-            out = tmp_path / f"out{len(kept)}"
-            outcome = normalize(out, source(tmp_path, pairs(400), weight=0.25), seed=seed, limit=0)
-            kept.append(answers(side(out, "train")) | answers(side(out, "heldout")))
-            assert 70 <= outcome.ledger["rows"]["out"] <= 130
-            assert quarantine(out) == []
-            assert outcome.ledger["turns"]["set_aside"]["not_sampled"] == 400 - len(kept[-1])
-        assert kept[0] == kept[1] != kept[2]
-
-    def test_same_bytes_twice(self, tmp_path):
-        rows = source(tmp_path, [*pairs(30), {"input": 1}])
-        written = []
-        for out in (tmp_path / "one", tmp_path / "two"):
-            normalize(out, rows)
-            written.append({p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file()})
-        assert written[0] == written[1]
-        names = ["heldout/part-00000.parquet", "quarantine/part-00000.jsonl", "train/part-00000.parquet"]
-        assert sorted(written[0]) == names
-
-
 class TestLimits:
     def fail(self, tmp_path: Path, *sources: NormalizeSource, fraction: float = 0.5, limit: float = 0.05) -> str:
         with pytest.raises(DataError) as caught:
@@ -247,6 +225,11 @@ class TestLimits:
         message = self.fail(tmp_path, source(tmp_path, pairs(3)), fraction=0)
         assert message.startswith("nothing is held out: none of 3 conversations")
         assert "raise eval_fraction, name eval_datasets, or add rows" in message
+
+    def test_what_is_held_out_may_all_be_like_training(self, tmp_path):
+        held_out = source(tmp_path, pairs(3), "evaluation", held_out=True)
+        message = self.fail(tmp_path, source(tmp_path, pairs(3)), held_out, fraction=0)
+        assert "(3 rows of eval_datasets are in training too: set aside)" in message
 
     def test_no_rows(self, tmp_path):
         nothing = NormalizeSource(rows=tmp_path, map_fn="default", name="nothing")

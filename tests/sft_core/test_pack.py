@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from sft_core.artifacts import check_ledger
 from sft_core.errors import DataError, ModelError, RecipeError, StoreError
 from sft_core.pack import IGNORE_INDEX as NO
-from sft_core.pack import Sequence, load_packed, pack_dataset
+from sft_core.pack import Sequence, TokenizerSource, load_packed, pack_dataset
 from sft_core.recipe import PackConfig
 
 WORDS = ["<unk>", "</s>", "\n", "###", "Human", "Assistant", ":", "hi", "yes", "no", "<", "/", "s", ">"]
@@ -76,6 +76,7 @@ def test_files_and_sequences(tokenizer: Path, tmp_path: Path) -> None:
         "quarantine/part-00000.jsonl",
         "sequences/part-00000.parquet",
         "sequences/part-00001.parquet",
+        "shards.json",
         "tokenizer/chat_template.jinja",
         "tokenizer/tokenizer.json",
         "tokenizer/tokenizer_config.json",
@@ -91,11 +92,13 @@ def test_files_and_sequences(tokenizer: Path, tmp_path: Path) -> None:
         "sequences": 3,
         "tokens": 34,
         "supervised_tokens": 6,
+        "split_sequences": 0,
+        "special_token_text_rows": 0,
+        "epoch_sequences": 3,
+        "epoch_tokens": 34,
         "packed_rows": 2,
         "fill": round(34 / 48, 6),
         "longest": 12,
-        "split_sequences": 0,
-        "special_token_text_rows": 0,
         "chat_template": "plain",
         "max_length": 24,
         "pad_token": "</s>",
@@ -212,19 +215,21 @@ def test_an_answer_without_end_token_is_refused(tokenizer: Path, tmp_path: Path,
 def test_other_tokens_after_loading_are_refused(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sft_core.pack import pack
+    from sft_core.pack import tokenizer as module
 
-    load = pack._load_tokenizer
+    load = module.load_tokenizer
 
-    def altered(folder: Path | str, trust_remote_code: bool = False) -> Any:
-        loaded = load(folder, trust_remote_code)
-        if Path(folder).name == "tokenizer":
+    def altered(source: TokenizerSource) -> Any:
+        loaded = load(source)
+        if Path(source.path).name == "tokenizer":
             loaded.chat_template = loaded.chat_template.replace("### Human", "###Human:")
         return loaded
 
-    monkeypatch.setattr(pack, "_load_tokenizer", altered)
+    monkeypatch.setattr(module, "load_tokenizer", altered)
+    module.load_saved_tokenizer.cache_clear()
     with pytest.raises(DataError, match="row 0: training would see other tokens than serving: from token 3 on"):
         pack_dataset(write(tmp_path / "in", [ask("hi", "yes")]), tokenizer, PackConfig(**PLAIN), 0, tmp_path / "out")
+    module.load_saved_tokenizer.cache_clear()
 
 
 def test_clear_errors_for_missing_things(tokenizer: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from sft_core.artifacts import check_ledger
 from sft_core.pack import IGNORE_INDEX as NO
 from sft_core.pack import encode_conversation, encode_messages, load_chat_template, load_packed, pack_dataset
 from sft_core.pack.controls import controls_of
-from sft_core.pack.places import ByBytes, ByOffsets, byte_lengths
+from sft_core.pack.places import ByBytes, ByOffsets, byte_lengths, bytes_before
 from sft_core.recipe import PackConfig
 
 SHARED = Path(__file__).parents[2].parent / "shared"
@@ -142,13 +142,27 @@ def test_the_step_on_real_rows(tmp_path: Path) -> None:
 def test_counting_bytes_finds_what_offsets_find(minimind: Any, name: str) -> None:
     lengths = byte_lengths(minimind)
     assert lengths is not None
-    for messages in alpaca(name, 100):
-        text = minimind.apply_chat_template(messages, chat_template=load_chat_template("chatml"), tokenize=False)
-        encoding = minimind.backend_tokenizer.encode(text, add_special_tokens=False)
-        by_bytes = ByBytes(text, np.cumsum([0, *lengths[encoding.ids]]))
-        assert by_bytes.fits()
-        for start in range(0, len(text) - 9, 7):
-            assert by_bytes.span(start, start + 9) == ByOffsets(encoding).span(start, start + 9)
+    template = load_chat_template("chatml")
+    texts = [
+        minimind.apply_chat_template(messages, chat_template=template, tokenize=False) for messages in alpaca(name, 100)
+    ]
+    encodings = minimind.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    starts = np.cumsum([0, *map(len, encodings)])
+    by_bytes = ByBytes.of(texts, np.concatenate([encoding.ids for encoding in encodings]), starts, lengths)
+    assert all(by_bytes.fits)
+    for number, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
+        places = [(at, at + 9) for at in range(0, len(text) - 9, 7)]
+        begins, ends = np.array([[bytes_before(text, at) for at in place] for place in places]).T
+        spans = by_bytes.spans(by_bytes.zeros[number] + begins, by_bytes.zeros[number] + ends)
+        found = (np.array(spans) - starts[number]).T.tolist()
+        assert found == [list(ByOffsets(encoding).span(*place)) for place in places]
+
+
+def test_a_text_of_other_length_than_its_tokens_does_not_fit(minimind: Any) -> None:
+    lengths = byte_lengths(minimind)
+    encodings = minimind.backend_tokenizer.encode_batch(["née", "yes", "no"], add_special_tokens=False)
+    ids, starts = np.concatenate([e.ids for e in encodings]), np.cumsum([0, *map(len, encodings)])
+    assert ByBytes.of(["née", "yes!", "no"], ids, starts, lengths).fits == [True, False, True]
 
 
 def test_only_byte_level_tokenizers_are_counted(stories: Any) -> None:

@@ -5,6 +5,7 @@ import pytest
 
 from sft_core.errors import DataError
 from sft_core.pack import epoch_bins, pack_lengths
+from sft_core.pack.best_fit import best_fit, share_rows
 
 
 def lengths_like(count: int, max_length: int, seed: int = 0) -> list[int]:
@@ -36,12 +37,16 @@ def test_literal() -> None:
 @pytest.mark.parametrize("max_length", [7, 64, 1023, 1024, 1025, 4096])
 def test_rooms_left_are_those_of_best_fit_one_at_a_time(max_length: int) -> None:
     for seed in range(10):
-        lengths = lengths_like(60, max_length, seed)
-        ours, theirs = (
-            sorted(sum(lengths[i] for i in members) for members in bins)
-            for bins in (pack_lengths(lengths, max_length), one_at_a_time(lengths, max_length))
-        )
-        assert ours == theirs
+        lengths = sorted(lengths_like(60, max_length, seed), reverse=True)
+        ours = np.bincount(best_fit(np.array(lengths), max_length), weights=lengths).astype(int).tolist()
+        theirs = [sum(lengths[i] for i in members) for members in one_at_a_time(lengths, max_length)]
+        assert sorted(ours) == sorted(theirs)
+        assert len(pack_lengths(lengths, max_length)) == len(theirs)
+
+
+def test_best_fit_takes_the_fullest_of_the_rows_that_are_there() -> None:
+    rooms = np.array([9, 0, 4, 6])
+    assert best_fit(np.array([10, 6, 5, 4, 3]), 10, rooms).tolist() == [4, 3, 0, 2, 0]
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "none"])
@@ -62,7 +67,7 @@ def test_equal_input_equal_bins() -> None:
 
 def test_literal_epoch() -> None:
     """Notices a change of the drawing, which would need a new STEP_VERSION."""
-    assert epoch_bins([5, 3, 9, 2, 5], 10, "best_fit", 42, 0) == [[1, 3], [2], [0, 4]]
+    assert epoch_bins([5, 3, 9, 2, 5], 10, "best_fit", 42, 0) == [[1, 3, 0], [2], [4]]
     assert epoch_bins([1, 1, 1, 1], 10, "none", 42, 0) == [[3], [2], [1], [0]]
 
 
@@ -89,3 +94,43 @@ def test_a_hundred_thousand_lengths_fill_rows() -> None:
     lengths = lengths_like(100_000, 2048)
     bins = pack_lengths(lengths, 2048)
     assert sum(lengths) / (len(bins) * 2048) > 0.999
+
+
+def squares(lengths: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return np.bincount(rows, weights=lengths.astype(float) ** 2)
+
+
+def test_rows_are_even_in_squares_as_far_as_their_longest_allows() -> None:
+    """Literal bounds for alpaca-like lengths; best fit alone is the independent measure."""
+    drawn = np.exp(np.random.default_rng(0).normal(np.log(120), 0.75, 100_000)).astype(int)
+    lengths = np.sort(np.clip(drawn, 20, 2048))[::-1]
+    rows, alone = share_rows(lengths, 2048), best_fit(lengths, 2048)
+    assert lengths.sum() / ((rows.max() + 1) * 2048) > 0.997
+    even, uneven = squares(lengths, rows), squares(lengths, alone)
+    assert even.std() / even.mean() < 0.47
+    assert uneven.std() / uneven.mean() > 0.75
+    assert even.max() / even.mean() < 7.7  # one sequence of 2,048 tokens is 7.4
+    longest = np.zeros(rows.max() + 1)
+    np.maximum.at(longest, rows, lengths)
+    cheap = longest**2 < even.mean()  # rows that no single sequence makes dear
+    assert even[cheap].max() / even.mean() < 1.5
+    uneven_longest = np.zeros(alone.max() + 1)
+    np.maximum.at(uneven_longest, alone, lengths)
+    assert uneven[uneven_longest**2 < even.mean()].max() / even.mean() > 1.5
+
+
+@pytest.mark.parametrize("shape", ["all large", "pairs", "thirds", "one", "tiny"])
+def test_evenness_costs_no_rows_where_lengths_are_awkward(shape: str) -> None:
+    drawn = np.random.default_rng(3)
+    lengths = {
+        "all large": drawn.integers(520, 1025, 2000),
+        "pairs": np.concatenate([np.full(500, 600), np.full(500, 424)]),
+        "thirds": drawn.integers(300, 350, 3000),
+        "one": np.array([1024]),
+        "tiny": drawn.integers(1, 4, 5000),
+    }[shape]
+    falling = np.sort(lengths)[::-1]
+    rows = share_rows(falling, 1024)
+    assert np.bincount(rows, weights=falling).max() <= 1024
+    assert rows.max() + 1 <= (best_fit(falling, 1024).max() + 1) * 1.002
+    assert set(rows.tolist()) == set(range(rows.max() + 1))
