@@ -105,8 +105,9 @@ def _tokenizer(base: Any) -> Any:
 def _conversations(recipe: Any, rows: int, folder: Path) -> Iterator[dict[str, Any]]:
     """The first training rows that fetch and normalize make of the recipe's data sets."""
     from sft_core.errors import DataError
-    from sft_core.fetch import fetch_dataset, read_shards
+    from sft_core.fetch import fetch_dataset
     from sft_core.normalize import NormalizeSource, normalize_dataset
+    from sft_core.shard_rows import read_shards
 
     sources = []
     for number, dataset in enumerate((*recipe.datasets, *recipe.eval_datasets)):
@@ -132,7 +133,7 @@ def _conversations(recipe: Any, rows: int, folder: Path) -> Iterator[dict[str, A
 
 def _first_rows(conversations: Path, rows: int, datasets: int) -> Iterator[dict[str, Any]]:
     """At most `rows` of the training side, evenly over its data sets."""
-    from sft_core.fetch import read_shards
+    from sft_core.shard_rows import read_shards
 
     shares = [rows // datasets + (number < rows % datasets) for number in range(datasets)]
     left: dict[str, int] = {}

@@ -3,7 +3,9 @@
 A folder is read in the order of its files' names; one that `save_to_disk` wrote is the Arrow files it lists. openMind
 and ModelScope are read by their own packages (`source: openmind`), and known by the hash of their rows.
 
-In: a `DatasetConfig`. Out: `rows/part-00000.parquet` ... with the columns of `RAW_SCHEMA`:
+In: a `DatasetConfig`, and where shards may be taken from. Out: `shards.json` and `rows/part-00000.parquet` ... with the
+columns of `RAW_SCHEMA`, which `read_shards` yields as dicts (a shard holds the file's place in a list and a relative
+number, see `place` in `sft_core.shards`):
 
 row         the raw row as JSON text, exactly as read (JSON Lines, JSON); rows of CSV, Parquet, Arrow and the hub are
             written as JSON text, keys in column order, dates as ISO text, decimals and durations as text, bytes
@@ -19,15 +21,15 @@ is a SourceError; a broken line of JSON Lines is kept, with its problem, for nor
 
 from sft_core.fetch.dataset import STEP_VERSION, fetch_dataset
 from sft_core.fetch.other_hubs import OtherHubSource
-from sft_core.fetch.shards import RAW_SCHEMA, ShardWriter, read_shards
+from sft_core.fetch.raw_shards import RAW_SCHEMA
 from sft_core.fetch.source import HubSource, SourceDescription, SourceFile, describe_source
+from sft_core.shard_rows import read_shards
 
 __all__ = [
     "RAW_SCHEMA",
     "STEP_VERSION",
     "HubSource",
     "OtherHubSource",
-    "ShardWriter",
     "SourceDescription",
     "SourceFile",
     "describe_source",

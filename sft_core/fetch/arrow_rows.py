@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 
 from sft_core.errors import SourceError
 from sft_core.fetch.json_rows import RawRow
-from sft_core.fetch.shards import ROWS_PER_BATCH
 from sft_core.fetch.table_rows import number_rows
+from sft_core.shard_rows import ROWS_PER_BATCH
 
 PARQUET_BUFFER_BYTES = 1 << 16
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"

@@ -10,6 +10,8 @@ import io
 import lzma
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import IO, cast
 
@@ -54,6 +56,15 @@ def reason(error: Exception) -> str:
     """Type and beginning of a library's message, which may quote kilobytes of the file."""
     text = f"{type(error).__name__}: {error}"
     return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
+
+
+@contextmanager
+def naming_damage(label: str) -> Iterator[None]:
+    """What broken bytes raise becomes a SourceError that names the file."""
+    try:
+        yield
+    except DAMAGE as error:
+        raise SourceError(f"{label}: damaged, or cut short: {reason(error)}; fetch or write the file again") from error
 
 
 def decompress(file: IO[bytes], name: str) -> IO[bytes]:

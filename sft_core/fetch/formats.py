@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sft_core.errors import SourceError
 from sft_core.fetch.arrow_rows import read_arrow, read_parquet
-from sft_core.fetch.compression import COMPRESSION_OF_SUFFIX, DAMAGE, compression_of, decompress, plain_suffix, reason
+from sft_core.fetch.compression import COMPRESSION_OF_SUFFIX, compression_of, decompress, naming_damage, plain_suffix
 from sft_core.fetch.json_rows import RawRow, read_json
 from sft_core.fetch.table_rows import read_csv
 from sft_core.fingerprint import CHUNK_BYTES
@@ -50,7 +50,7 @@ def detect_format(head: bytes, label: str) -> str:
 
 def read_rows(path: Path, format_: str, label: str) -> Iterator[RawRow]:
     """Rows of a local file, which keeps the suffixes of its name. SourceError when it is broken as a whole."""
-    try:
+    with naming_damage(label):
         if format_ in ("parquet", "arrow"):
             plain = _plain_copy(path)
             yield from (read_parquet if format_ == "parquet" else read_arrow)(plain, label)
@@ -59,9 +59,12 @@ def read_rows(path: Path, format_: str, label: str) -> Iterator[RawRow]:
             if format_ == "csv":
                 yield from read_csv(file, label)
             else:
-                yield from read_json(file, label, plain_suffix(label) in (".jsonl", ".ndjson"))
-    except DAMAGE as error:
-        raise SourceError(f"{label}: damaged, or cut short: {reason(error)}; fetch or write the file again") from error
+                yield from read_json(file, label, named_lines(label))
+
+
+def named_lines(label: str) -> bool:
+    """Whether the name says JSON Lines."""
+    return plain_suffix(label) in (".jsonl", ".ndjson")
 
 
 def _plain_copy(path: Path) -> Path:

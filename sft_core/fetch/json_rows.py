@@ -35,6 +35,17 @@ class RawRow(NamedTuple):
 
 def read_json(file: IO[bytes], label: str, named_lines: bool) -> Iterator[RawRow]:
     """Rows of a JSON file of any layout. `named_lines`: its name says JSON Lines."""
+    layout, head = json_layout(file, named_lines)
+    if layout == "lines":
+        return read_lines(without_bom(itertools.chain(head, file)))
+    pieces = itertools.chain(head, iter(lambda: file.readline(READ_CHARACTERS), b""))
+    scanner = _Scanner(decode_pieces(pieces, label), label)
+    texts = scanner.elements() if layout == "array" else scanner.values()
+    return (RawRow(text, number) for number, text in enumerate(texts, start=1))
+
+
+def json_layout(file: IO[bytes], named_lines: bool) -> tuple[str, list[bytes]]:
+    """`lines`, `array` or `values`, and what was read of the file to tell."""
     head: list[bytes] = []
     layout = ""
     while not layout and sum(1 for line in head if line.strip()) < 2 and (line := file.readline(FIRST_PIECE)):
@@ -44,13 +55,7 @@ def read_json(file: IO[bytes], label: str, named_lines: bool) -> Iterator[RawRow
             else:
                 line += file.readline()
         head.append(line)
-    layout = layout or _layout([line.removeprefix(BOM) for line in head if line.strip()], named_lines)
-    if layout == "lines":
-        return _read_lines(itertools.chain(head, file))
-    pieces = itertools.chain(head, iter(lambda: file.readline(READ_CHARACTERS), b""))
-    scanner = _Scanner(decode_pieces(pieces, label), label)
-    texts = scanner.elements() if layout == "array" else scanner.values()
-    return (RawRow(text, number) for number, text in enumerate(texts, start=1))
+    return layout or _layout([line.removeprefix(BOM) for line in head if line.strip()], named_lines), head
 
 
 def decode_pieces(pieces: Iterable[bytes], label: str) -> Iterator[str]:
@@ -99,9 +104,16 @@ def _value(text: str) -> Any:
         return None
 
 
-def _read_lines(lines: Iterable[bytes]) -> Iterator[RawRow]:
-    for number, line in enumerate(lines, start=1):
-        content = line.removeprefix(BOM if number == 1 else b"").removesuffix(b"\n").removesuffix(b"\r")
+def without_bom(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """A file's lines, the first without a byte order mark."""
+    rest = iter(lines)
+    return itertools.chain((first.removeprefix(BOM) for first in itertools.islice(rest, 1)), rest)
+
+
+def read_lines(lines: Iterable[bytes], before: int = 0) -> Iterator[RawRow]:
+    """Rows of lines; `before` lines of the file came earlier. Blank lines have numbers too, and are no rows."""
+    for number, line in enumerate(lines, start=before + 1):
+        content = line.removesuffix(b"\n").removesuffix(b"\r")
         if content.strip():
             yield _read_line(content, number)
 

@@ -46,11 +46,10 @@ def _is_data(path: str) -> bool:
 
 def _is_state(path: str, found: list[str]) -> bool:
     """`state.json` of a saved data set: with `dataset_info.json` or Arrow files beside it."""
-    folder = parent(path)
-    beside = [other for other in found if parent(other) == folder and other != path]
-    return PurePosixPath(path).name == STATE and any(
-        other.endswith((".arrow", "/dataset_info.json")) for other in beside
-    )
+    if PurePosixPath(path).name != STATE:
+        return False
+    beside = [other for other in found if parent(other) == parent(path) and other != path]
+    return any(other.endswith((".arrow", "/dataset_info.json")) for other in beside)
 
 
 def _folder_of_split(fs: Any, root: str, split: str) -> str:

@@ -1,6 +1,7 @@
 """Step 2, normalize: `RawDataset` and a map_fn become `Conversations`: a train side, a held-out side, a quarantine.
 
-In: folders that fetch wrote. Out: `train/part-*.parquet` and `heldout/part-*.parquet` (columns: CONVERSATION_SCHEMA),
+In: folders that fetch wrote. Out: a shard for each of fetch's (`train/part-*.parquet` and others, see `shard`; rows as
+`sft_core.shard_rows.read_shards` gives them), `heldout/part-*.parquet` (columns: CONVERSATION_SCHEMA) and
 `quarantine/part-00000.jsonl` (dataset, file, row_number, reason, detail, row). Why a row is set aside:
 
 reason             what is wrong
@@ -21,9 +22,12 @@ all_weights_zero   answers, but none is to be trained
 map_fn_error       a user's map_fn raised; the detail holds the exception
 bad_conversation   a map_fn returned something of another shape
 also_in_training   a conversation of an evaluation data set that training has too; in the quarantine, but no fault
+near_duplicate     held out, but as near to a training conversation as `normalize.near_duplicates`; no fault
+repeated           held out already, word for word; no fault
 not_sampled        left out by the data set's `weight`; not in the quarantine, and no fault
 
-An empty request (`input`, user message) is no fault: XTuner trains such rows, as continuation. Duplicates are kept.
+An empty request (`input`, user message) is no fault: XTuner trains such rows, as continuation. Duplicates in training
+are kept. `row_id` is a digest of the conversation's content: equal conversations have equal ids.
 """
 
 from sft_core.normalize.check import CheckReport, check_dataset
@@ -36,10 +40,11 @@ from sft_core.normalize.conversation import (
     to_conversation,
     to_messages,
 )
-from sft_core.normalize.dataset import CONVERSATION_SCHEMA, STEP_VERSION, NormalizeSource, normalize_dataset
+from sft_core.normalize.dataset import STEP_VERSION, NormalizeSource, normalize_dataset
 from sft_core.normalize.identity import map_fn_source
 from sft_core.normalize.load import load_map_fn
 from sft_core.normalize.map_fns import MAP_FNS, MAP_FNS_VERSION
+from sft_core.normalize.tables import CONVERSATION_SCHEMA
 
 __all__ = [
     "CONVERSATION_SCHEMA",

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from sft_core.errors import RowError
-from sft_core.fetch import fetch_dataset, read_shards
+from sft_core.fetch import fetch_dataset
 from sft_core.normalize.columns import COLUMNS, suggest_map_fns
-from sft_core.normalize.dataset import NormalizeSource, read_conversation, read_row, sort_rows
+from sft_core.normalize.dataset import NormalizeSource, plan_shards, sort_rows
 from sft_core.normalize.load import load_map_fn, shipped_name
 from sft_core.normalize.map_fns import MAP_FNS
+from sft_core.normalize.rows import read_conversation, read_row
 from sft_core.recipe import DatasetConfig
+from sft_core.shard_rows import read_shards
 
 TRIED_ROWS = 500
 ENOUGH = 0.5
@@ -58,7 +60,7 @@ def check_dataset(dataset: DatasetConfig, map_fn: str | None = None) -> CheckRep
         fitting, columns = _fitting(first)
         name = map_fn or next(iter(fitting), "default")
         source = NormalizeSource(rows=fetched, map_fn=name, name=Path(dataset.path).name or dataset.path)
-        tally = sort_rows([source], 0.0, 0, Path(folder) / "out")
+        tally = sort_rows(plan_shards([source], 0.0, 0), None, False, Path(folder) / "out")
     return CheckReport(
         map_fn=shipped_name(name) or name,
         chosen=map_fn is None,

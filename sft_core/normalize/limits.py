@@ -6,9 +6,8 @@ In: the tally and the recipe's limit. Out: nothing, or a DataError that says wha
 from collections.abc import Mapping
 
 from sft_core.errors import DataError
-from sft_core.normalize.columns import suggest_map_fns
 from sft_core.normalize.load import shipped_name
-from sft_core.normalize.tally import DETAIL_CHARACTERS, NO_FAULT, Tally, row_of
+from sft_core.normalize.tally import DETAIL_CHARACTERS, NO_FAULT, Tally
 
 REASONS_SHOWN = 3
 
@@ -24,9 +23,9 @@ def check_limits(tally: Tally, max_quarantined_fraction: float, map_fns: Mapping
             f"allows {max_quarantined_fraction:.1%}.\n{_reasons(tally)}\n{_advice(tally, map_fns)}"
         )
     for name, entry in tally.datasets.items():
-        if entry.faulty == entry.rows and max_quarantined_fraction < 1:
+        if entry.faulty == entry.came.rows and max_quarantined_fraction < 1:
             raise DataError(
-                f"not one of the {entry.rows} rows of data set {name!r} can be used.\n{_reasons(tally)}\n"
+                f"not one of the {entry.came.rows} rows of data set {name!r} can be used.\n{_reasons(tally)}\n"
                 f"{_advice(tally, map_fns)}, or leave the data set out"
             )
     if not tally.on("train"):
@@ -39,8 +38,10 @@ def check_limits(tally: Tally, max_quarantined_fraction: float, map_fns: Mapping
 
 
 def _overlap(tally: Tally) -> str:
-    count = tally.reasons["also_in_training"]
-    return f" ({count} rows of eval_datasets are in training too and were set aside)" if count else ""
+    exact, near = tally.reasons["also_in_training"], tally.reasons["near_duplicate"]
+    parts = [f"{exact} rows of eval_datasets are in training too"] if exact else []
+    parts += [f"{near} rows are near duplicates of training rows (normalize.near_duplicates)"] if near else []
+    return f" ({' and '.join(parts)}: set aside)" if parts else ""
 
 
 def _reasons(tally: Tally) -> str:
@@ -60,7 +61,7 @@ def _advice(tally: Tally, map_fns: Mapping[str, str]) -> str:
         return "Raise weight, or add rows"
     example = tally.examples[faults[0]]
     now = map_fns[example.dataset]
-    fitting = [name for name in suggest_map_fns(row_of(example)) if name != shipped_name(now)]
+    fitting = [name for name in example.fitting if name != shipped_name(now)]
     other = f"the columns of that row fit {' or '.join(fitting)}" if fitting else "your own: path.py:function"
     return (
         f"Fix these rows, choose another map_fn for {example.dataset} (now {now}; {other}), "

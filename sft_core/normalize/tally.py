@@ -1,99 +1,120 @@
 """What became of the rows: the ledger, the figures, an example of every fault.
 
-In: each row's fate, as normalize decides it. Out: a ledger that balances (rows; turns, that is answers; characters) and
-facts. Turns and characters are counted of rows that became conversations; there are none to count in the others.
+In: what each shard says of its rows, and what became of those that might be held out. Out: a ledger that balances
+(rows; turns, that is answers; characters) and facts. Turns and characters are counted of rows that became
+conversations; there are none to count in the others.
 """
 
-import json
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
-from sft_core.normalize.conversation import Message
+from sft_core.shard_rows import locate
 
-NO_FAULT = frozenset({"also_in_training", "not_sampled"})
+NO_FAULT = frozenset({"also_in_training", "near_duplicate", "not_sampled", "repeated"})
 """Reasons that do not count against `max_quarantined_fraction`."""
 DETAIL_CHARACTERS = 200
 
 
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """Rows and what is in them."""
+
+    rows: int = 0
+    turns: int = 0
+    characters: int = 0
+
+    def __add__(self, other: "Amount") -> "Amount":
+        return Amount(self.rows + other.rows, self.turns + other.turns, self.characters + other.characters)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """The first row that a reason was met in."""
+    """The first row that a reason was met in. `fitting`: the map_fns that its columns fit."""
 
     dataset: str
     file: str
     row_number: int
     detail: str
-    row: str
+    fitting: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardExample:
+    """The first in a shard; `file` and `row_number` are the shard's own."""
+
+    file: int
+    row_number: int
+    detail: str
+    fitting: tuple[str, ...]
+
+
+@dataclass
+class ShardTally:
+    """One shard's rows."""
+
+    came: Amount = Amount()
+    train: Amount = Amount()
+    set_aside: defaultdict[str, Amount] = field(default_factory=lambda: defaultdict(Amount))
+    examples: dict[str, ShardExample] = field(default_factory=dict)
+
+    def as_facts(self) -> dict[str, Any]:
+        """JSON-able form, for `shards.json`."""
+        return {
+            "came": astuple(self.came),
+            "train": astuple(self.train),
+            "set_aside": {reason: astuple(amount) for reason, amount in self.set_aside.items()},
+            "examples": {reason: asdict(example) for reason, example in self.examples.items()},
+        }
 
 
 @dataclass
 class DatasetTally:
     """One data set's rows."""
 
-    rows: int = 0
-    kept: Counter[str] = field(default_factory=Counter)
+    came: Amount = Amount()
+    kept: defaultdict[str, Amount] = field(default_factory=lambda: defaultdict(Amount))
     """By side."""
-    set_aside: Counter[str] = field(default_factory=Counter)
+    set_aside: defaultdict[str, Amount] = field(default_factory=lambda: defaultdict(Amount))
     """By reason."""
 
     @property
     def faulty(self) -> int:
         """Rows that cannot be used."""
-        return sum(count for reason, count in self.set_aside.items() if reason not in NO_FAULT)
-
-
-@dataclass
-class _Unit:
-    """Turns or characters."""
-
-    came: int = 0
-    kept: int = 0
-    set_aside: Counter[str] = field(default_factory=Counter)
-
-    def entry(self) -> dict[str, Any]:
-        return {"in": self.came, "out": self.kept, "set_aside": dict(sorted(self.set_aside.items()))}
+        return sum(amount.rows for reason, amount in self.set_aside.items() if reason not in NO_FAULT)
 
 
 class Tally:
-    """Counts rows as they come; every row is counted in once and out once."""
+    """Adds up shards; every row is counted in once and out once."""
 
     def __init__(self) -> None:
-        self.datasets: dict[str, DatasetTally] = {}
+        self.datasets: defaultdict[str, DatasetTally] = defaultdict(DatasetTally)
         self.examples: dict[str, Example] = {}
-        self._turns, self._characters = _Unit(), _Unit()
 
-    def come(self, dataset: str) -> None:
-        """A row was read."""
-        self.datasets.setdefault(dataset, DatasetTally()).rows += 1
+    def add_shard(self, facts: Mapping[str, Any], place: Mapping[str, Any]) -> None:
+        """A shard's rows but those that might be held out: of these, only that they came."""
+        dataset = self.datasets[place["dataset"]]
+        dataset.came += Amount(*facts["came"])
+        dataset.kept["train"] += Amount(*facts["train"])
+        for reason, amount in facts["set_aside"].items():
+            dataset.set_aside[reason] += Amount(*amount)
+        for reason, entry in facts["examples"].items():
+            self.examples.setdefault(reason, Example(**locate(entry, place)))
 
-    def become(self, messages: Sequence[Message]) -> None:
-        """It became a conversation."""
-        turns, characters = _size(messages)
-        self._turns.came += turns
-        self._characters.came += characters
+    def hold_out(self, dataset: str, amount: Amount) -> None:
+        """Conversations were written to the held-out side."""
+        self.datasets[dataset].kept["heldout"] += amount
 
-    def keep(self, dataset: str, side: str, messages: Sequence[Message]) -> None:
-        """It was written to a side."""
-        self.datasets[dataset].kept[side] += 1
-        turns, characters = _size(messages)
-        self._turns.kept += turns
-        self._characters.kept += characters
-
-    def set_aside(self, reason: str, example: Example, messages: Sequence[Message]) -> None:
-        """It was set aside; `messages` is empty where it never became a conversation."""
-        self.datasets[example.dataset].set_aside[reason] += 1
+    def set_aside(self, reason: str, example: Example, amount: Amount) -> None:
+        """A conversation was taken out of the held-out side."""
+        self.datasets[example.dataset].set_aside[reason] += amount
         self.examples.setdefault(reason, example)
-        if messages:
-            turns, characters = _size(messages)
-            self._turns.set_aside[reason] += turns
-            self._characters.set_aside[reason] += characters
 
     @property
     def rows(self) -> int:
         """Rows in."""
-        return sum(entry.rows for entry in self.datasets.values())
+        return sum(entry.came.rows for entry in self.datasets.values())
 
     @property
     def faulty(self) -> int:
@@ -103,17 +124,15 @@ class Tally:
     @property
     def reasons(self) -> Counter[str]:
         """Rows set aside, by reason."""
-        return sum((entry.set_aside for entry in self.datasets.values()), Counter())
+        return Counter(self._aside("rows"))
 
     def on(self, side: str) -> int:
         """Rows written to a side."""
-        return sum(entry.kept[side] for entry in self.datasets.values())
+        return sum(entry.kept[side].rows for entry in self.datasets.values())
 
     def ledger(self) -> dict[str, dict[str, Any]]:
-        """In is counted as rows come, out and set aside as they go: the counts check one another."""
-        aside = dict(sorted(self.reasons.items()))
-        rows = {"in": self.rows, "out": self.on("train") + self.on("heldout"), "set_aside": aside}
-        return {"rows": rows, "turns": self._turns.entry(), "characters": self._characters.entry()}
+        """In is counted as rows come, out in what was written, set aside as they go: the counts check one another."""
+        return {unit: self._entry(unit) for unit in ("rows", "turns", "characters")}
 
     def facts(self) -> dict[str, Any]:
         """Small figures worth showing."""
@@ -125,25 +144,24 @@ class Tally:
             "examples": {reason: _shown(example) for reason, example in sorted(self.examples.items())},
         }
 
+    def _entry(self, unit: str) -> dict[str, Any]:
+        came = sum(getattr(entry.came, unit) for entry in self.datasets.values())
+        kept = sum(getattr(amount, unit) for entry in self.datasets.values() for amount in entry.kept.values())
+        return {"in": came, "out": kept, "set_aside": dict(sorted(self._aside(unit).items()))}
 
-def row_of(example: Example) -> object:
-    """The row of an example, parsed; empty where it is not JSON."""
-    try:
-        return json.loads(example.row)
-    except (ValueError, RecursionError):
-        return {}
+    def _aside(self, unit: str) -> dict[str, int]:
+        counts: Counter[str] = Counter()
+        for entry in self.datasets.values():
+            counts.update({reason: getattr(amount, unit) for reason, amount in entry.set_aside.items()})
+        return {reason: count for reason, count in counts.items() if count}
 
 
 def _plain(entry: DatasetTally) -> dict[str, Any]:
-    aside = dict(sorted(entry.set_aside.items()))
-    return {"rows": entry.rows, "train": entry.kept["train"], "heldout": entry.kept["heldout"], "set_aside": aside}
+    aside = {reason: amount.rows for reason, amount in sorted(entry.set_aside.items())}
+    sides = {side: entry.kept[side].rows for side in ("train", "heldout")}
+    return {"rows": entry.came.rows, **sides, "set_aside": aside}
 
 
 def _shown(example: Example) -> dict[str, Any]:
     place = {"dataset": example.dataset, "file": example.file, "row_number": example.row_number}
     return {**place, "detail": example.detail[:DETAIL_CHARACTERS]}
-
-
-def _size(messages: Sequence[Message]) -> tuple[int, int]:
-    """(answers, characters)."""
-    return sum(message["weight"] is not None for message in messages), sum(len(m["content"]) for m in messages)

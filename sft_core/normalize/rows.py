@@ -1,0 +1,58 @@
+"""One fetched row: what conversation it becomes, and whose side that is on.
+
+In: a row as fetch wrote it, and a map_fn. Out: a `Conversation`, or a RowError that says why there is none; sides and
+sampling by the conversation's content alone.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sft_core.errors import RowError
+from sft_core.normalize.conversation import Conversation, to_conversation
+
+MapFn = Callable[[dict[str, Any]], object]
+
+
+def read_conversation(record: Mapping[str, Any], map_fn: MapFn) -> Conversation:
+    """The conversation of one fetched row. RowError when it cannot become one."""
+    row = read_row(record)
+    try:
+        returned = map_fn(row)
+    except RowError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a user's map_fn may raise anything; the row is kept with what it raised
+        raise RowError("map_fn_error", f"{type(error).__name__}: {error}") from error
+    return to_conversation(returned)
+
+
+def read_row(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The mapping of columns that a fetched row is; a bare list of messages becomes the column messages."""
+    if record["problem"] is not None:
+        reason, _, detail = record["problem"].partition(": ")
+        raise RowError(reason, detail)
+    try:
+        row = json.loads(record["row"])
+    except (ValueError, RecursionError) as error:
+        raise RowError("not_json", str(error)) from None
+    if isinstance(row, list):
+        row = {"messages": row}
+    if not isinstance(row, dict):
+        raise RowError("wrong_type", f"the row is a {type(row).__name__}, not a mapping of columns")
+    return row
+
+
+def is_held_out(digest: bytes, eval_fraction: float) -> bool:
+    """Whether a conversation falls to the held-out side: by its content alone, so on every night and with any seed."""
+    return _share(digest) < eval_fraction
+
+
+def is_sampled(digest: bytes, weight: float, seed: int) -> bool:
+    """Whether a data set's weight keeps a conversation. Independent of its side."""
+    return weight >= 1 or _share(hashlib.sha256(f"{seed}:".encode() + digest).digest()) < weight
+
+
+def _share(digest: bytes) -> float:
+    """A number from 0 up to 1, evenly spread."""
+    return int.from_bytes(digest[:6], "big") / (1 << 48)
