@@ -4,10 +4,11 @@ In: alpaca-like rows made here from a seed (or a JSON file of alpaca rows), and 
 within one run, several times over, because a machine's own speed comes and goes:
 
     pack      tokens a second of pack_dataset, from messages to files, over raw `tokenizers` encode_batch of its texts
-    bins      seconds and fill of 1,000,000 alpaca-like lengths at 2048
+    bins      seconds, fill, and evenness in squares of 1,000,000 alpaca-like lengths at 2048
     memory    peak RSS of packing 10 N rows over that of packing N (`--memory N`; 100000 for the real thing)
     trl       the same rows through TRL's preparation (assistant-only loss, bfd), where TRL is installed; or from a
               Python that has it: `--trl-python PYTHON`
+    --incremental  only this: all of preparing again with 1% more rows over preparing from nothing
 """
 
 import argparse
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 MINIMIND = ROOT.parent / "shared" / "models" / "minimind-tokenizer"
 TEMPLATE = "chatml"
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-ROWS_A_SHARD = 20_000
+ROWS_A_SHARD = 2_048
+"""As normalize cuts them, on average."""
 
 
 def main() -> None:
@@ -38,6 +41,7 @@ def main() -> None:
     parser.add_argument("--file", type=Path, help="a JSON list of alpaca rows to take in turn, instead of made ones")
     parser.add_argument("--lengths", type=int, default=1_000_000, help="lengths to pack")
     parser.add_argument("--memory", type=int, default=0, help="rows of the smaller of two runs; 0 leaves it out")
+    parser.add_argument("--incremental", action="store_true", help="measure preparing again with 1%% more rows")
     parser.add_argument("--template", default=TEMPLATE, help="a shipped one, or `own`: the tokenizer's")
     parser.add_argument("--trl-python", default=sys.executable, help="a Python that has TRL")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)  # conversations, tokenizer, out: in a child process
@@ -50,8 +54,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="sft-prepare-") as name:
         folder = Path(name)
         tokenizer = MINIMIND if MINIMIND.is_dir() else trained_tokenizer(folder / "tokenizer")
+        if options.incremental:
+            from prepare_incremental import measure_incremental
+
+            measure_incremental(folder, tokenizer, template, islice(made_rows(seed=0), 2 * options.rows), options.rows)
+            return
         print(f"tokenizer {tokenizer.name}, template {options.template}, {options.rows} rows")
         conversations = write_conversations(folder / "rows", options.rows, options.file)
+        from prepare_bins import measure_bins
+
         raw = measure_pack(conversations, tokenizer, template, options.repeat)
         measure_bins(options.lengths)
         if options.memory:
@@ -99,24 +110,6 @@ def clocks() -> Any:
     import numpy as np
 
     return np.array([time.perf_counter(), time.process_time()])
-
-
-def measure_bins(count: int) -> None:
-    """Best fit of alpaca-like lengths."""
-    import numpy as np
-
-    from sft_core.pack import epoch_bins, pack_lengths
-
-    drawn = np.exp(np.random.default_rng(0).normal(np.log(120), 0.75, count)).astype(int)
-    lengths = np.clip(drawn, 20, 2048)
-    started = time.perf_counter()
-    bins = pack_lengths(lengths, 2048)
-    between = time.perf_counter()
-    epoch = epoch_bins(lengths, 2048, "best_fit", 42, 1)
-    took, epoch_took = between - started, time.perf_counter() - between
-    assert sum(map(len, bins)) == sum(map(len, epoch)) == count
-    fill = lengths.sum() / (len(bins) * 2048)
-    print(f"bins    {count} lengths in {took:.2f} s, an epoch in {epoch_took:.2f} s; fill {fill:.5f} (target 0.995)")
 
 
 def measure_memory(folder: Path, tokenizer: Path, options: argparse.Namespace) -> None:
@@ -172,8 +165,6 @@ def write_conversations(folder: Path, count: int, file: Path | None) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from sft_core.normalize.dataset import CONVERSATION_SCHEMA
-
     (folder / "train").mkdir(parents=True)
     pairs = alpaca_rows(file) if file else made_rows(seed=0)
     rows: list[dict[str, Any]] = []
@@ -186,14 +177,14 @@ def write_conversations(folder: Path, count: int, file: Path | None) -> Path:
         rows.append({"row_id": f"{number:032x}", "messages": messages, **origin})
         if len(rows) == ROWS_A_SHARD or number == count - 1:
             path = folder / "train" / f"part-{number // ROWS_A_SHARD:05d}.parquet"
-            pq.write_table(pa.Table.from_pylist(rows, schema=CONVERSATION_SCHEMA), path, compression="zstd")
+            pq.write_table(pa.Table.from_pylist(rows), path, compression="zstd")
             rows = []
     return folder
 
 
 def read_messages(conversations: Path) -> Iterator[list[dict[str, Any]]]:
     """Messages of all rows."""
-    from sft_core.fetch import read_shards
+    from sft_core.shard_rows import read_shards
 
     return (row["messages"] for row in read_shards(conversations / "train"))
 

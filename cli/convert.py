@@ -1,62 +1,131 @@
 """`sft convert pth-to-hf` and `sft convert merge`, on plain folders, under XTuner's names."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from sft_core.recipe import BaseModelConfig, LoraConfig
+
 app = typer.Typer(no_args_is_help=True, help="Checkpoint to adapter, adapter to merged model, on plain folders.")
+ShardSize = Annotated[str | None, typer.Option(help="Largest weight file, such as 5GB or 500MB.")]
 
 
 @app.command("pth-to-hf")
-def pth_to_hf(
+def pth_to_hf(  # noqa: PLR0913
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe of the training: rank, alpha, base model.")],
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A .pth file, or a checkpoint folder.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist or be empty.")],
     dtype: Annotated[
         str | None, typer.Option(help="Round to float16, bfloat16 or float32; as trained (fp32 masters) by default.")
     ] = None,
+    r: Annotated[int | None, typer.Option("--r", help="Rank, where it is not the recipe's.")] = None,
+    lora_alpha: Annotated[int | None, typer.Option(help="Alpha, where it is not the recipe's.")] = None,
+    target_modules: Annotated[
+        list[str] | None, typer.Option(help="Target module, where they are not the recipe's; may be repeated.")
+    ] = None,
+    max_shard_size: ShardSize = None,
 ) -> None:
-    """Extract the LoRA adapter of a training checkpoint as a PEFT folder. No model is built, no pickled code runs."""
-    from sft_core.convert import convert_checkpoint
-    from sft_core.errors import RecipeError
+    """Extract what a training checkpoint holds: a PEFT folder, or after full fine-tuning (`train.lora: null`) a model
+    folder. No model is built, no pickled code runs. Where the base model is on this disk, its config.json is the proof
+    that no tensor is missing.
+    """
+    from sft_core.convert import ConvertOptions, convert_checkpoint
+    from sft_core.convert.writer import shard_size
     from sft_core.recipe import resolve
 
     resolved = resolve(recipe)
-    if resolved.train.lora is None:
-        raise RecipeError(f"{recipe}: train.lora is null; there is no adapter to extract")
+    lora = _overridden(resolved.train.lora, r, lora_alpha, target_modules)
+    base = _local_base(resolved.base_model)
+    quantization = {"quantization": resolved.train.quantization, "compute_dtype": resolved.train.dtype}
+    options = ConvertOptions(
+        base=base,
+        dtype=dtype,
+        quantization=quantization,
+        trust_remote_code=resolved.base_model.trust_remote_code,
+        **({"max_shard_size": shard_size(max_shard_size)} if max_shard_size else {}),
+    )
     _require_free(out)
-    outcome = convert_checkpoint(checkpoint, out, resolved.train.lora, resolved.base_model.path, dtype)
+    outcome = convert_checkpoint(checkpoint, out, lora, resolved.base_model.path, options)
     print(f"{out}: {outcome.facts['tensors']} tensors, {outcome.facts['parameters']:,} parameters")
+    if base is None:
+        print(f"not checked against the base model: {resolved.base_model.path} is no folder here")
 
 
 @app.command()
-def merge(
+def merge(  # noqa: PLR0913
     base: Annotated[Path, typer.Argument(metavar="BASE", help="Folder of the base model.")],
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="PEFT folder.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist or be empty.")],
     base_weights: Annotated[
-        str, typer.Option("--base", help="full, or dequantized (what a QLoRA adapter was trained on).")
+        str,
+        typer.Option("--base", help="full, dequantized (what a QLoRA adapter was trained on), auto (measure both)."),
     ] = "full",
+    certify_with: Annotated[
+        Path | None,
+        typer.Option(help="Held-out rows (JSON Lines or Parquet with `messages`, or a Conversations folder)."),
+    ] = None,
+    max_shard_size: ShardSize = None,
+    push_to: Annotated[str | None, typer.Option(help="Hub repository to upload the folder to.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that comes with the base.")] = False,
 ) -> None:
     """Add an adapter to its base model: one complete HF folder with tokenizer and chat template."""
-    from sft_core.errors import RecipeError
-    from sft_core.merge import MergeOptions, merge_adapter
+    from sft_core.convert.writer import shard_size
+    from sft_core.errors import RecipeError, SourceError
+    from sft_core.merge import MergeOptions, merge_adapter, push_folder
 
-    if base_weights not in ("full", "dequantized"):
-        raise RecipeError(f"--base {base_weights!r}: say full or dequantized")
-    _require_free(out)
-    quantization = "nf4" if base_weights == "dequantized" else "none"
+    if base_weights not in ("full", "dequantized", "auto"):
+        raise RecipeError(f"--base {base_weights!r}: say full, dequantized or auto")
+    if certify_with is not None and not certify_with.exists():
+        raise SourceError(f"--certify-with {certify_with}: no such file")
     options = MergeOptions(
         base=base_weights,
-        quantization=quantization,
-        compute_dtype="bfloat16",
-        held_out=None,
-        chat_template=None,
-        seed=0,
+        quantization="none" if base_weights == "full" else "nf4",
+        held_out=certify_with,
+        certify=certify_with is not None,
+        max_shard_size=shard_size(max_shard_size) if max_shard_size else None,
+        trust_remote_code=trust_remote_code,
     )
-    outcome = merge_adapter(base, adapter, out, options)
-    print(f"{out}: merged into the {base_weights} base weights; {outcome.facts}")
+    _require_free(out)
+    facts = merge_adapter(base, adapter, out, options).facts
+    print(
+        f"{out}: {facts['merged']} of {facts['tensors']} tensors merged into the {facts['base_weights']} base weights"
+    )
+    print(f"merged by {facts['merged_by']}")
+    certificate = facts["certificate"]
+    print(
+        f"certified: {certificate['candidates']}"
+        if certificate["certified"]
+        else f"not certified: {certificate['why']}"
+    )
+    if push_to is not None:
+        print(f"uploaded: {push_folder(out, push_to)}")
+
+
+def _overridden(
+    lora: "LoraConfig | None", r: int | None, lora_alpha: int | None, target_modules: list[str] | None
+) -> "LoraConfig | None":
+    from sft_core.errors import RecipeError
+
+    flags = {"r": r, "lora_alpha": lora_alpha, "target_modules": tuple(target_modules) if target_modules else None}
+    given = {name: value for name, value in flags.items() if value is not None}
+    if lora is None:
+        if given:
+            raise RecipeError(f"--{next(iter(given)).replace('_', '-')}: the recipe's train.lora is null; no adapter")
+        return None
+    return lora.model_validate({**lora.model_dump(), **given})
+
+
+def _local_base(config: "BaseModelConfig") -> Path | None:
+    """The base's folder, if it is on this disk; nothing is downloaded."""
+    folder = Path(config.path)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(config.path, "config.json", revision=config.revision)
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _require_free(out: Path) -> None:

@@ -12,12 +12,13 @@ from typing import Any, Self
 
 from sft_core import convert, evaluate, fetch, merge, normalize, pack, train
 from sft_core.base_model import BaseModelDescription, describe_base_model, local_base_model
-from sft_core.errors import RecipeError
 from sft_core.fetch import describe_source
 from sft_core.fingerprint import hash_text, hash_value
 from sft_core.normalize import map_fn_source
 from sft_core.pack import load_chat_template
 from sft_core.recipe import Recipe
+from sft_core.train.limits import check_training
+from sft_core.train.zero import deepspeed_part
 
 TRAIN_KEYS_WITHOUT_EFFECT = {"logging_steps", "save_steps", "save_total_limit", "num_processes"}
 """Keys of `train` that change how a run is watched or kept, not what it learns."""
@@ -67,10 +68,7 @@ class Plan:
 
 def plan_recipe(recipe: Recipe) -> Plan:
     """Name every artifact of `recipe`. Reads the sources' and the base model's bytes, and writes nothing."""
-    if recipe.train.lora is None:
-        raise RecipeError(
-            "train.lora: null (full fine-tuning) is not supported by this version; give it a LoRA section"
-        )
+    check_training(recipe.train)
     base = describe_base_model(recipe.base_model)
     template = _chat_template(recipe, base)
     steps: dict[str, PlannedStep] = {}
@@ -122,10 +120,13 @@ def library_versions() -> dict[str, str]:
 
 def evaluate_parts(recipe: Recipe, template: str | None) -> dict[str, Any]:
     """What decides an evaluation beside its inputs; the primary metric does not."""
-    section = recipe.evaluate.model_dump(mode="json", exclude={"primary_metric", "batch_size"})
+    without = {"primary_metric", "batch_size", "scorer", "harness_tasks"}
+    section = recipe.evaluate.model_dump(mode="json", exclude=without)
     chat_template = hash_text(template) if template is not None else "the model's own"
     return {
         "evaluate": section,
+        "scorer": evaluate.scorer_source(recipe.evaluate.scorer),
+        "harness": evaluate.harness_parts(recipe.evaluate.harness_tasks),
         "max_length": recipe.pack.max_length,
         "seed": recipe.seed,
         "chat_template": chat_template,
@@ -159,6 +160,7 @@ def _pack_parts(recipe: Recipe, base: BaseModelDescription, template: str) -> di
 
 def _train_parts(recipe: Recipe) -> dict[str, Any]:
     section = recipe.train.model_dump(mode="json", exclude=TRAIN_KEYS_WITHOUT_EFFECT)
+    section["deepspeed"] = deepspeed_part(recipe.train)
     return {"train": section, "seed": recipe.seed, "version": train.STEP_VERSION}
 
 

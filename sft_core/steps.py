@@ -13,17 +13,21 @@ from pathlib import Path
 
 from sft_core.artifacts import Artifact, Manifest, Outcome, check_ledger
 from sft_core.base_model import local_base_model
-from sft_core.convert import convert_checkpoint
+from sft_core.convert import ConvertOptions, convert_checkpoint
 from sft_core.errors import SourceError
 from sft_core.evaluate import EvaluatedModel, evaluate_model
 from sft_core.fetch import describe_source, fetch_dataset
 from sft_core.merge import MergeOptions, merge_adapter
 from sft_core.normalize import NormalizeSource, normalize_dataset
-from sft_core.pack import pack_dataset
+from sft_core.pack import TokenizerSource, pack_dataset
 from sft_core.plan import Plan, PlannedStep, library_versions
 from sft_core.recipe import Recipe
+from sft_core.shards import Mapper, Sharding, read_shard_list
 from sft_core.store import Store, list_files
 from sft_core.train import TrainInputs, train_adapter
+
+SHARDED = ("fetch", "normalize", "pack")
+"""Steps that work shard by shard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +41,28 @@ class Built:
 
 @dataclass(frozen=True, slots=True)
 class Retraining:
-    """What every builder needs: the recipe, its plan, the store, and where progress lines go."""
+    """What every builder needs: the recipe, its plan, the store, where progress lines go, and what runs the work on
+    shards."""
 
     recipe: Recipe
     plan: Plan
     store: Store
     on_line: Callable[[str], None] = print
     champion: Path | None = None
+    mapper: Mapper = map
 
     def folder(self, key: str) -> Path:
         """Local folder of an artifact that an earlier step wrote."""
         step = self.plan[key]
         return self.store.local(self.store.artifact(step.step, step.fingerprint))
+
+    def hint(self, key: str) -> str:
+        """Under which name the store remembers what this recipe last built for `key`."""
+        return f"{self.recipe.name}/{key.replace('/', '-')}"
+
+    def sharding(self, planned: PlannedStep) -> Sharding:
+        """Shards of the step's last artifact are taken from there."""
+        return Sharding(self.store.earlier(self.hint(planned.key)), self.mapper)
 
     def base_model(self) -> Path:
         """Local folder of the base model."""
@@ -61,11 +75,15 @@ def run_step(run: Retraining, key: str) -> Built:
     artifact = run.store.artifact(planned.step, planned.fingerprint)
     manifest = run.store.find(planned.step, planned.fingerprint)
     if manifest is not None:
+        if planned.step in SHARDED:
+            run.store.remember(run.hint(key), planned.step, planned.fingerprint)
         return Built(artifact, manifest, reused=True)
     started, clock = datetime.now(UTC).isoformat(), time.monotonic()
     with run.store.staging(planned.step) as out:
         outcome = BUILDERS[planned.step](run, planned, out)
         check_ledger(planned.step, outcome.ledger)
+        if planned.step in SHARDED:
+            _say_shards(run, planned, out)
         manifest = Manifest(
             kind=artifact.kind,
             step=planned.step,
@@ -82,9 +100,17 @@ def run_step(run: Retraining, key: str) -> Built:
             took_seconds=round(time.monotonic() - clock, 3),
         )
         manifest = run.store.publish(out, manifest)
+    if planned.step in SHARDED:
+        run.store.remember(run.hint(key), planned.step, planned.fingerprint)
     if planned.step == "train":
         shutil.rmtree(run.store.work_in_progress("train", planned.fingerprint))  # resumable state has done its work
     return Built(artifact, manifest, reused=False)
+
+
+def _say_shards(run: Retraining, planned: PlannedStep, out: Path) -> None:
+    shards, earlier = read_shard_list(out), run.store.earlier(run.hint(planned.key))
+    known = sum(earlier.find(shard.key) is not None for shard in shards)
+    run.on_line(f"{planned.key}: {len(shards)} shards, {known} of them as in the last run")
 
 
 def _fetch(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
@@ -92,7 +118,7 @@ def _fetch(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
     description = describe_source(dataset)
     if description.parts != planned.parts["source"]:
         raise SourceError(f"{dataset.path}: changed since this run was planned; start it again")
-    return fetch_dataset(dataset, out, description)
+    return fetch_dataset(dataset, out, description, run.sharding(planned))
 
 
 def _normalize(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
@@ -102,26 +128,38 @@ def _normalize(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
         NormalizeSource(rows=run.folder(f"fetch/{i}"), map_fn=d.map_fn, name=d.path, weight=d.weight, held_out=held_out)
         for i, (d, held_out) in enumerate(sources)
     ]
-    return normalize_dataset(inputs, recipe.normalize, recipe.eval_fraction, recipe.seed, out)
+    return normalize_dataset(inputs, recipe.normalize, recipe.eval_fraction, recipe.seed, out, run.sharding(planned))
 
 
 def _pack(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
-    recipe, trust = run.recipe, run.recipe.base_model.trust_remote_code
-    return pack_dataset(run.folder("normalize"), run.base_model(), recipe.pack, recipe.seed, out, trust)
+    recipe = run.recipe
+    tokenizer = TokenizerSource(run.base_model(), recipe.base_model.trust_remote_code)
+    return pack_dataset(run.folder("normalize"), tokenizer, recipe.pack, recipe.seed, out, run.sharding(planned))
 
 
 def _train(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
     work = run.store.work_in_progress("train", planned.fingerprint)
-    inputs = TrainInputs.of(run.folder("pack"), run.base_model(), run.recipe.base_model, work)
+    inputs = TrainInputs(
+        packed=run.folder("pack"),
+        base_model=run.base_model(),
+        trust_remote_code=run.recipe.base_model.trust_remote_code,
+        work=work,
+        conversations=run.folder("normalize"),
+    )
     return train_adapter(inputs, run.recipe.train, run.recipe.seed, out, run.on_line)
 
 
 def _convert(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
-    lora = run.recipe.train.lora
-    assert lora is not None, "the plan refuses full fine-tuning"
-    checkpoint = run.folder("train") / "checkpoint"
+    train = run.recipe.train
+    options = ConvertOptions(
+        base=run.base_model(),
+        tokenizer=run.folder("pack") / "tokenizer",
+        quantization={"quantization": train.quantization, "compute_dtype": train.dtype},
+        chat_template=run.plan.chat_template,
+        trust_remote_code=run.recipe.base_model.trust_remote_code,
+    )
     return convert_checkpoint(
-        checkpoint, out, lora, run.recipe.base_model.path, tokenizer=run.folder("pack") / "tokenizer"
+        run.folder("train") / "checkpoint", out, train.lora, run.recipe.base_model.path, options
     )
 
 

@@ -13,19 +13,24 @@ from typing import Any
 import mlflow
 from mlflow.exceptions import MlflowException
 from prefect import get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
 from prefect.context import FlowRunContext
 
-from sft_core.artifacts import Manifest
 from sft_core.errors import RegistryError
-from sft_core.evaluate import read_report
 from sft_core.recipe import Recipe
-from sft_core.register import Verdict, judge
+from sft_core.register import Verdict
+from sft_core.register.stored import Judged, judge_stored, stored_manifest
 from sft_core.steps import Retraining
 from tasks.run_step import STEP, Job
 from tasks.tracking import client, download_model
 
 MERGED = "sft.merged_fingerprint"
 VERDICT = "sft.verdict"
+NO_CHAMPION = "none"
+JUDGED_AGAINST = "sft.judged_against"
+"""Set on a version: number of the champion that it was judged against, or NO_CHAMPION."""
+PAGE = "register.html"
+"""The report that explains the verdict: an artifact of the run."""
 SETTLED = "sft.settled"
 """Set on a version after its aliases were moved: nothing of its registration is left to do."""
 SERVING_REQUIREMENTS = ("torch", "transformers", "accelerate")
@@ -74,8 +79,14 @@ def register(job: Job, champion: RegisteredVersion | None) -> dict[str, Any]:
     if existing is not None and existing.settled:
         get_run_logger().info("register: version %s of %s holds this model already", existing.number, name)
         return _summary(name, existing, new=False)
-    verdict = judge_reports(run, champion)
+    challenge = count_challenges(name, champion, job.plan["merge"].fingerprint) + 1
+    judged = judge_stored(run, challenge, against_champion=champion is not None)
+    verdict = judged.verdict
+    _show(job, judged)
+    against = champion.number if champion is not None else NO_CHAMPION
     number = existing.number if existing is not None else _log_version(job, run, verdict)
+    for tag, value in {VERDICT: verdict.words, JUDGED_AGAINST: against}.items():  # a retry may be judged anew
+        client().set_model_version_tag(name, number, tag, value)
     registered_now = find_champion(name)
     if (registered_now and registered_now.number) != (champion and champion.number):
         raise RegistryError(
@@ -87,11 +98,25 @@ def register(job: Job, champion: RegisteredVersion | None) -> dict[str, Any]:
     return _summary(name, _read(name, number), new=existing is None)
 
 
-def judge_reports(run: Retraining, champion: RegisteredVersion | None) -> Verdict:
-    """The gate on the three reports in the store."""
-    tuned, base = (read_report(run.folder(f"evaluate/{which}")) for which in ("tuned", "base"))
-    report = read_report(run.folder("evaluate/champion")) if champion is not None else None
-    return judge(tuned, base, report, run.recipe.evaluate.primary_metric)
+def count_challenges(model_name: str, champion: RegisteredVersion | None, merged_fingerprint: str) -> int:
+    """How many other models were judged against this champion (or, before the first one, against the base)."""
+    judged_against = champion.number if champion is not None else NO_CHAMPION
+    query = f"name = '{model_name}' and tags.`{JUDGED_AGAINST}` = '{judged_against}'"
+    found: list[Any] = []
+    token = None
+    while True:
+        page = client().search_model_versions(query, page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return sum(entry.tags.get(MERGED) != merged_fingerprint for entry in found)
+
+
+def _show(job: Job, judged: Judged) -> None:
+    """The page as an artifact of the MLflow run, the verdict's words as one of the Prefect run."""
+    client().log_text(job.part.run_id, judged.page, PAGE)
+    place = f"`{PAGE}` in the MLflow run `{job.part.run_id}`"
+    create_markdown_artifact(f"{judged.verdict.words}.\n\nThe whole report: {place}", key="verdict")
 
 
 def _log_version(job: Job, run: Retraining, verdict: Verdict) -> str:
@@ -113,7 +138,7 @@ def _log_version(job: Job, run: Retraining, verdict: Verdict) -> str:
 
 def _tags(job: Job, run: Retraining, verdict: Verdict) -> dict[str, str]:
     plan = job.plan
-    reports = {which: _manifest(run, f"evaluate/{which}").facts["metrics"] for which in ("tuned", "base")}
+    reports = {which: stored_manifest(run, f"evaluate/{which}").facts["metrics"] for which in ("tuned", "base")}
     flow = FlowRunContext.get()
     tags = {
         MERGED: plan["merge"].fingerprint,
@@ -156,12 +181,6 @@ def _summary(name: str, registered: RegisteredVersion, *, new: bool) -> dict[str
         "verdict": registered.verdict,
         "new": new,
     }
-
-
-def _manifest(run: Retraining, key: str) -> Manifest:
-    manifest = run.store.find(run.plan[key].step, run.plan[key].fingerprint)
-    assert manifest is not None, f"{key} was built before register"
-    return manifest
 
 
 def _aliases(model_name: str) -> Mapping[str, str]:

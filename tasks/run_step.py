@@ -16,8 +16,10 @@ from prefect.states import Completed
 from sft_core.errors import SftError
 from sft_core.plan import Plan
 from sft_core.recipe import Recipe
+from sft_core.shards import Mapper
 from sft_core.steps import Built, Retraining, run_step
 from sft_core.store import Store
+from tasks.shard_mapping import shard_mapper
 from tasks.tracking import PartRun
 
 
@@ -29,9 +31,11 @@ class Job:
     plan: Plan
     part: PartRun
 
-    def retraining(self, on_line: Callable[[str], None], champion: Path | None = None) -> Retraining:
+    def retraining(
+        self, on_line: Callable[[str], None], champion: Path | None = None, mapper: Mapper = map
+    ) -> Retraining:
         """The core's view of it."""
-        return Retraining(self.recipe, self.plan, Store(self.recipe.store), on_line, champion)
+        return Retraining(self.recipe, self.plan, Store(self.recipe.store), on_line, champion, mapper)
 
 
 def retry_unless_users_fault(task: Any, run: Any, state: State[Any]) -> bool:
@@ -58,7 +62,8 @@ STEP: dict[str, Any] = {
 def perform(job: Job, key: str, champion: Path | None = None) -> Any:
     """Run the step, record it in MLflow, log one line; the reference, as data of a `Reused` state if it was there."""
     logger = get_run_logger()
-    built = run_step(job.retraining(logger.info, champion), key)
+    with shard_mapper(job.recipe.compute) as mapper:
+        built = run_step(job.retraining(logger.info, champion, mapper), key)
     job.part.record(key, built)
     return finish(key, built)
 

@@ -10,109 +10,148 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
+from sft_core.convert import ConvertOptions
 from sft_core.convert.layout import CONFIG, WEIGHTS
-from sft_core.convert.zero import TrainedTensors
+from sft_core.convert.skeleton import Shape, adapter_shapes, peft_config, short_names
+from sft_core.convert.trained import Stored, TrainedTensors
+from sft_core.convert.writer import Slot, write_tensors
 from sft_core.errors import ModelError
 from sft_core.recipe import LoraConfig
 
 PREFIX = "base_model.model."
-LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+QUANTIZATION = "quantization.json"
+PART = re.compile(r"(?P<module>.+)\.lora_(?:(?P<side>[AB])\.weight|embedding_(?P<table>[AB])|magnitude_vector)")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def adapter_tensors(trained: TrainedTensors, lora: LoraConfig, dtype: str | None) -> dict[str, torch.Tensor]:
-    """Tensors under PEFT's names, checked: pairs of rank r, all finite, not all without effect."""
-    if dtype is not None and dtype not in DTYPES:
-        raise ModelError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
-    tensors: dict[str, torch.Tensor] = {}
+def checked_tensors(
+    trained: TrainedTensors, lora: LoraConfig, options: ConvertOptions
+) -> tuple[dict[str, Stored], dict[str, Any]]:
+    """Tensors under PEFT's names, and PEFT's settings. Where the base is known, they must be those that PEFT makes for
+    it; elsewhere every A must have its B of rank r.
+    """
+    if options.dtype is not None and options.dtype not in DTYPES:
+        raise ModelError(f"dtype {options.dtype!r}: must be one of {', '.join(DTYPES)}")
+    tensors: dict[str, Stored] = {}
     for key, tensor in trained.tensors.items():
-        name = _peft_name(key)
+        name = _peft_name(key, lora)
         if name in tensors:
             raise ModelError(f"{trained.source}: {key} and another tensor are both {name}")
-        tensors[name] = tensor if dtype is None else tensor.to(DTYPES[dtype])
-    _check_pairs(tensors, lora.r, trained.source)
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"{trained.source}: {name} holds NaN or infinity; take an earlier checkpoint")
-    if not any(bool(tensor.any()) for name, tensor in tensors.items() if _side(name) == "B"):
-        raise ModelError(
-            f"{trained.source}: every lora_B is zero, so the adapter changes nothing; was it trained at all?"
-        )
-    return tensors
+        tensors[name] = tensor
+    if not tensors:
+        raise ModelError(f"{trained.source}: holds no adapter tensors")
+    _check_pairs(tensors, lora, trained.source)
+    for saved in lora.modules_to_save:
+        if not any(_is_of(name, saved) for name in tensors):
+            raise ModelError(f"{trained.source}: train.lora.modules_to_save names {saved}, which is not in it")
+    if options.base is None:
+        config = peft_config(lora, [match["module"] for name in tensors if (match := PART.fullmatch(name))])
+        config.target_modules = short_names(config.target_modules)
+    else:
+        expected, config = adapter_shapes(options.base, lora, options.trust_remote_code)
+        _check_against(tensors, expected, trained, options.base)
+    return tensors, config.to_dict()
 
 
-def write_adapter(tensors: dict[str, torch.Tensor], out: Path, lora: LoraConfig, base_model: str) -> None:
-    """Both files of a PEFT folder."""
-    from peft import LoraConfig as PeftLoraConfig
-
-    whole = {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in sorted(tensors)}
-    save_file(whole, out / WEIGHTS, metadata={"format": "pt"})
-    config: dict[str, Any] = PeftLoraConfig(
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        bias="none",
-        task_type="CAUSAL_LM",
-        inference_mode=True,
-        base_model_name_or_path=base_model,
-    ).to_dict()
-    config["target_modules"] = sorted({_suffix(_module(name)) for name in tensors})
-    (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
-
-
-def adapter_facts(tensors: dict[str, torch.Tensor], trained: TrainedTensors) -> dict[str, Any]:
-    """Small figures worth showing."""
-    squares = [float(tensor.double().square().sum()) for name, tensor in tensors.items() if _side(name) == "B"]
+def write_adapter(
+    tensors: dict[str, Stored], trained: TrainedTensors, out: Path, config: dict[str, Any], options: ConvertOptions
+) -> dict[str, Any]:
+    """Write the folder and look at every number once: all finite, B not all zero. Small figures worth showing."""
+    dtype = DTYPES.get(options.dtype or "")
+    slots = [Slot(name, dtype or tensors[name].dtype, tensors[name].shape) for name in sorted(tensors)]
+    squares = 0.0
+    try:
+        for slot, tensor in zip(slots, write_tensors(out, {WEIGHTS: slots}, tensors), strict=True):
+            if not bool(torch.isfinite(tensor).all()):
+                raise ModelError(f"{trained.source}: {slot.name} holds NaN or infinity; take an earlier checkpoint")
+            if _side(slot.name) == "B":
+                squares += float(tensor.double().square().sum())
+        if squares == 0:
+            raise ModelError(
+                f"{trained.source}: every lora_B is zero, so the adapter changes nothing; was it trained at all?"
+            )
+    except ModelError:
+        (out / WEIGHTS).unlink()
+        raise
+    _write_json(out / CONFIG, config)
+    if options.quantization is not None:
+        _write_json(out / QUANTIZATION, options.quantization)
     return {
         "tensors": len(tensors),
-        "parameters": sum(tensor.numel() for tensor in tensors.values()),
-        "norm_b": sum(squares) ** 0.5,
+        "parameters": sum(slot.nbytes // slot.dtype.itemsize for slot in slots),
+        "norm_b": squares**0.5,
+        "checked_against_base": options.base is not None,
         "layout": trained.layout,
         "ranks": trained.ranks,
         "global_steps": trained.global_steps,
     }
 
 
-def _peft_name(key: str) -> str:
-    """`llm.base_model.model.X.lora_A.default.weight` -> `base_model.model.X.lora_A.weight`."""
-    name = key.removeprefix("module.").removeprefix("llm.").replace(".default.", ".")
-    if not name.startswith(PREFIX) or not LORA_KEY.fullmatch(name):
+def _peft_name(key: str, lora: LoraConfig) -> str:
+    """`llm.base_model.model.X.lora_A.default.weight` -> `base_model.model.X.lora_A.weight`, and the like."""
+    name = key.removeprefix("module.").removeprefix("llm.")
+    name = re.sub(r"\.lora_magnitude_vector\.default(?:\.weight)?$", ".lora_magnitude_vector", name)
+    name = re.sub(r"\.(lora_embedding_[AB])\.default$", r".\1", name)
+    name = name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
+    if not name.startswith(PREFIX) or not (PART.fullmatch(name) or any(_is_of(name, m) for m in lora.modules_to_save)):
         raise ModelError(
-            f"{key}: not a lora_A or lora_B weight of a language model; fully trained modules, embeddings' LoRA and "
-            "image models are not converted by this version"
+            f"{key}: not a lora_A or lora_B weight, nor of a module that train.lora.modules_to_save names. If all "
+            "weights were trained, set train.lora to null; biases and image models are not converted"
         )
     return name
 
 
-def _check_pairs(tensors: dict[str, torch.Tensor], r: int, source: Path) -> None:
-    if not tensors:
-        raise ModelError(f"{source}: holds no adapter tensors")
+def _is_of(name: str, module: str) -> bool:
+    """True if the tensor is a parameter of a module of this name: `...lm_head.weight` of `lm_head`."""
+    return not PART.fullmatch(name) and name.rpartition(".")[0].endswith(module)  # PEFT's rule
+
+
+def _check_pairs(tensors: dict[str, Stored], lora: LoraConfig, source: Path) -> None:
     for name, tensor in tensors.items():
-        side = _side(name)
-        other = f"{_module(name)}.lora_{'B' if side == 'A' else 'A'}.weight"
-        if other not in tensors:
-            raise ModelError(f"{source}: {name} is there, {other} is missing; the checkpoint is incomplete")
-        rank = tensor.shape[0 if side == "A" else -1] if tensor.dim() == 2 else None
-        if rank != r:
+        match = PART.fullmatch(name)
+        if match is None:
+            continue
+        module, side = match["module"], _side(name)
+        if not side:
+            continue
+        form = "{}.lora_embedding_{}" if match["table"] else "{}.lora_{}.weight"
+        wanted = [form.format(module, "B" if side == "A" else "A")]
+        if lora.use_dora:
+            wanted.append(f"{module}.lora_magnitude_vector")
+        elif f"{module}.lora_magnitude_vector" in tensors:
+            raise ModelError(f"{source}: {module} has a DoRA magnitude, and train.lora.use_dora is false; not one run")
+        for other in wanted:
+            if other not in tensors:
+                raise ModelError(f"{source}: {name} is there, {other} is missing; the checkpoint is incomplete")
+        rank = tensor.shape[0 if side == "A" else -1] if len(tensor.shape) == 2 else None
+        if rank != lora.r:
             raise ModelError(
-                f"{source}: {name} has shape {tuple(tensor.shape)}, which is not of rank train.lora.r = {r}"
+                f"{source}: {name} has shape {tuple(tensor.shape)}, which is not of rank train.lora.r = {lora.r}"
             )
 
 
-def _module(name: str) -> str:
-    return name.rpartition(".lora_")[0]
+def _check_against(tensors: dict[str, Stored], expected: dict[str, Shape], trained: TrainedTensors, base: Path) -> None:
+    """Names and shapes must be those that PEFT gives an adapter of these settings on this base."""
+    missing, foreign = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    if missing or foreign:
+        what = f"{missing[0]} is missing" if missing else f"{foreign[0]} fits no target module"
+        raise ModelError(
+            f"{trained.source}: {what} ({len(missing)} missing, {len(foreign)} too many of {len(expected)}), by the "
+            f"recipe's train.lora on the base {base}; the recipe or the base is of another run, or the checkpoint torn"
+        )
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise ModelError(
+                f"{trained.source}: {name} has shape {tensors[name].shape}, on the base {base} it is {shape}; the "
+                "adapter was trained on another model"
+            )
 
 
 def _side(name: str) -> str:
-    return name[-len("A.weight")]
+    match = PART.fullmatch(name)
+    return (match["side"] or match["table"] or "") if match else ""
 
 
-def _suffix(module: str) -> str:
-    """The module's own name; a numbered one (`mlp.0`) keeps its parent's, as PEFT matches by suffix."""
-    parts = module.split(".")
-    first = len(parts) - 1
-    while parts[first].isdigit() and first > 0:
-        first -= 1
-    return ".".join(parts[first:])
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, default=sorted) + "\n", "utf-8")

@@ -7,24 +7,30 @@ masters, the others a 16-bit copy.
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import torch
+from safetensors import SafetensorError, safe_open
 
 from sft_core.convert.reader import read_pickle
-from sft_core.convert.zero import TrainedTensors, is_zero_folder, read_zero
+from sft_core.convert.trained import Stored, TrainedTensors, stored
+from sft_core.convert.writer import DTYPES
+from sft_core.convert.zero import is_zero_folder, read_zero
 from sft_core.errors import ModelError
 from sft_core.recipe import LoraConfig
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NUMBERED = re.compile(r"(?:checkpoint-|iter_|epoch_)(\d+)(?:\.pth)?")
 
 
-def read_checkpoint(checkpoint: Path, lora: LoraConfig) -> TrainedTensors:
-    """The tensors of any layout. ModelError if the path is none, or was trained with another rank or alpha."""
+def read_checkpoint(checkpoint: Path, lora: LoraConfig | None) -> TrainedTensors:
+    """The tensors of any layout; `lora` is None for fully trained weights. ModelError if the path is none, or was
+    trained with another rank or alpha.
+    """
     if checkpoint.is_file():
         return _read_single_file(checkpoint)
     if not checkpoint.is_dir():
@@ -34,9 +40,11 @@ def read_checkpoint(checkpoint: Path, lora: LoraConfig) -> TrainedTensors:
     if (checkpoint / "latest").is_file():
         _check_config(checkpoint / CONFIG, lora)
         return read_zero(_tagged_folder(checkpoint))
-    if (checkpoint / WEIGHTS).is_file():
+    if lora is not None and (checkpoint / WEIGHTS).is_file():
         _check_config(checkpoint / CONFIG, lora)
-        return _read_plain(checkpoint)
+        return _read_plain(checkpoint, (WEIGHTS,))
+    if lora is None and (files := _full_files(checkpoint)):
+        return _read_plain(checkpoint, files)
     inner = _newest_inside(checkpoint)
     if inner is None:
         raise ModelError(
@@ -53,20 +61,47 @@ def _read_single_file(path: Path) -> TrainedTensors:
     if not isinstance(tensors, dict):
         raise ModelError(f"{path}: has no state_dict; it holds {sorted(map(str, data))[:8]}")
     steps = meta.get("iter") if isinstance(meta, dict) else None
-    return TrainedTensors(tensors=tensors, layout="xtuner-pth", ranks=1, global_steps=steps, source=path)
+    wrong = [str(name)[:80] for name, tensor in tensors.items() if not isinstance(tensor, torch.Tensor)]
+    if wrong:
+        raise ModelError(f"{path}: state_dict holds {wrong[0]}, which is no tensor")
+    return TrainedTensors(
+        tensors={str(name): stored(tensor) for name, tensor in tensors.items()},
+        layout="xtuner-pth",
+        ranks=1,
+        global_steps=steps if isinstance(steps, int) else None,
+        source=path,
+    )
 
 
-def _read_plain(folder: Path) -> TrainedTensors:
-    """Trainer without DeepSpeed: PEFT's own file is the truth."""
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise ModelError(
-            f"{folder / WEIGHTS}: torn or no safetensors file ({error}); take another checkpoint"
-        ) from None
+def _read_plain(folder: Path, files: tuple[str, ...]) -> TrainedTensors:
+    """Trainer without DeepSpeed: its safetensors files are the truth."""
+    tensors: dict[str, Stored] = {}
+    for name in files:
+        try:
+            tensors.update(_stored_in(folder / name))
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{folder / name}: missing, torn or no safetensors file ({error}); take another checkpoint"
+            ) from None
     state = folder / "trainer_state.json"
     steps = _read_json(state).get("global_step") if state.is_file() else None
     return TrainedTensors(tensors=tensors, layout="trainer", ranks=1, global_steps=steps, source=folder)
+
+
+def _stored_in(path: Path) -> dict[str, Stored]:
+    file: Any = safe_open(path, framework="pt")  # stays open as long as its tensors are wanted
+    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    return {
+        name: Stored(tuple(part.get_shape()), DTYPES[part.get_dtype()], partial(file.get_tensor, name))
+        for name, part in slices.items()
+    }
+
+
+def _full_files(folder: Path) -> tuple[str, ...]:
+    """The weight files of a whole model, by its index where there is one."""
+    if (folder / INDEX).is_file():
+        return tuple(sorted(set(_read_json(folder / INDEX)["weight_map"].values())))
+    return (SINGLE,) if (folder / SINGLE).is_file() else ()
 
 
 def _tagged_folder(checkpoint: Path) -> Path:
@@ -87,9 +122,9 @@ def _newest_inside(folder: Path) -> Path | None:
     return max(numbered)[1] if numbered else None
 
 
-def _check_config(path: Path, lora: LoraConfig) -> None:
+def _check_config(path: Path, lora: LoraConfig | None) -> None:
     """The checkpoint's own adapter configuration, where there is one, must be the one asked for."""
-    if not path.is_file():
+    if lora is None or not path.is_file():
         return
     config = _read_json(path)
     for key in ("r", "lora_alpha"):

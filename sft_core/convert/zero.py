@@ -1,35 +1,25 @@
-"""DeepSpeed ZeRO folders to whole fp32 tensors. Source: deepspeed's `stage_1_and_2.py`, `stage3.py`, its writers.
+"""DeepSpeed ZeRO folders to whole fp32 tensors. Source: deepspeed's `stage_1_and_2.py`, `stage3.py`.
 
 In: one folder with a model_states file and one optim_states file a rank. Out: the fp32 master weights by parameter
-name. ZeRO-1/2: each rank holds a slice of every parameter group's flat vector. ZeRO-3: each rank holds
-ceil(numel / ranks) elements of every parameter, the last ones padding.
+name, each read when it is asked for. ZeRO-1/2: each rank holds a slice of every parameter group's flat vector. ZeRO-3:
+each rank holds ceil(numel / ranks) elements of every parameter, the last ones padding.
 """
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sft_core.convert.reader import read_pickle
+from sft_core.convert.trained import Stored, TrainedTensors, stored
 from sft_core.errors import ModelError
 
 RANK_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 Shapes = dict[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainedTensors:
-    """What a checkpoint holds of the adapter, under the trainer's own names."""
-
-    tensors: dict[str, torch.Tensor]
-    layout: str
-    ranks: int
-    global_steps: int | None
-    source: Path
 
 
 def is_zero_folder(folder: Path) -> bool:
@@ -38,7 +28,7 @@ def is_zero_folder(folder: Path) -> bool:
 
 
 def read_zero(folder: Path) -> TrainedTensors:
-    """The fp32 master weights. ModelError for a missing rank, or sizes that do not add up."""
+    """The fp32 master weights. ModelError for a missing rank, a rank of another step, sizes that do not add up."""
     model_file = next((folder / name for name in MODEL_FILES if (folder / name).is_file()), None)
     if model_file is None:
         raise ModelError(f"{folder}: no {MODEL_FILES[0]}; the checkpoint is incomplete, take another one")
@@ -53,19 +43,80 @@ def read_zero(folder: Path) -> TrainedTensors:
     if len(files) != ranks:
         missing = sorted(set(range(ranks)) - {_rank(path) for path in files})
         raise ModelError(f"{folder}: written by {ranks} ranks, {len(files)} files found; missing ranks {missing}")
+    _check_steps(states, files, model)
     shapes = _field(model, "param_shapes", model_file)
     groups: list[Shapes] = shapes if isinstance(shapes, list) else [shapes]
     key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
     flat = [_flat_groups(state, key, path) for state, path in zip(states, files, strict=True)]
     if stage == 3:
-        tensors = _join_partitions([torch.cat(vectors) for vectors in flat], groups, folder)
+        cuts = _join_partitions([_one_vector(vectors) for vectors in flat], groups, folder)
     else:
-        tensors = _cut_groups(flat, groups, states[0].get("param_alignment_paddings"), folder)
+        cuts = _cut_groups(flat, groups, states[0].get("param_alignment_paddings"), folder)
+    copies = model.get("module") or {}
     steps = model.get("global_steps")
-    steps = steps if isinstance(steps, int) else None
+    tensors = {name: _master(name, shape, parts, copies, folder) for name, shape, parts in cuts} | _others(model)
+    for second, first in (model.get("shared_params") or {}).items():  # tied weights, stored once
+        if first in tensors:
+            tensors[second] = tensors[first]
     return TrainedTensors(
-        tensors=tensors, layout=f"deepspeed-zero{stage}", ranks=ranks, global_steps=steps, source=folder
+        tensors=tensors,
+        layout=f"deepspeed-zero{stage}",
+        ranks=ranks,
+        global_steps=steps if isinstance(steps, int) else None,
+        source=folder,
     )
+
+
+def _master(name: str, shape: Any, parts: dict[int, torch.Tensor], copies: dict[str, Any], folder: Path) -> Stored:
+    """The parameter, joined when read. Its 16-bit copy, which rank 0 wrote beside it, must be the master rounded."""
+
+    def read() -> torch.Tensor:
+        vector = torch.cat(list(parts.values())) if len(parts) > 1 else next(iter(parts.values()))
+        tensor = vector[: math.prod(shape)].view(tuple(shape))
+        copy = copies.get(name)
+        if isinstance(copy, torch.Tensor) and copy.shape == tensor.shape:
+            same = torch.equal(tensor.to(copy.dtype), copy) or not bool(torch.isfinite(tensor).all())
+            if not same:
+                raise ModelError(
+                    f"{folder}: the fp32 weights of {name} (rank files {sorted(parts)}) are not those that the 16-bit "
+                    "copy in the model_states file was made of: a file is of another step; copy the checkpoint again"
+                )
+        return tensor
+
+    return Stored(tuple(shape), torch.float32, read)
+
+
+def _others(model: dict[str, Any]) -> dict[str, Stored]:
+    """Buffers, and parameters that were frozen where the trainer saved them too (not the base of an adapter)."""
+    module = model.get("module") or {}
+    names = [*(model.get("buffer_names") or ()), *(model.get("frozen_param_shapes") or ())]
+    return {name: stored(module[name]) for name in names if isinstance(module.get(name), torch.Tensor)}
+
+
+def _check_steps(states: list[dict[str, Any]], files: list[Path], model: dict[str, Any]) -> None:
+    """Every rank's optimizer must have taken the same number of steps, no more than the engine counted."""
+    counts = {path.name: step for state, path in zip(states, files, strict=True) if (step := _optimizer_step(state))}
+    first = next(iter(counts.values()), None)
+    for name, step in counts.items():
+        if step != first:
+            raise ModelError(
+                f"{files[0].parent}: {name} is of optimizer step {step:g}, {next(iter(counts))} of {first:g}; the "
+                "files are of different checkpoints, copy them again"
+            )
+    total, skipped = model.get("global_steps"), model.get("skipped_steps")
+    if first and isinstance(total, int) and isinstance(skipped, int) and first > total:
+        raise ModelError(
+            f"{files[0].parent}: the ranks are of optimizer step {first:g}, the model_states file of step {total}; "
+            "the files are of different checkpoints, copy them again"
+        )
+
+
+def _optimizer_step(state: dict[str, Any]) -> float | None:
+    base = state.get("base_optimizer_state") or state.get("optimizer_state_dict")
+    base = base.get("state") if isinstance(base, dict) else base
+    groups = list(base.values()) if isinstance(base, dict) else []
+    step = next((group["step"] for group in groups if isinstance(group, dict) and "step" in group), None)
+    return float(step) if isinstance(step, (int, float, torch.Tensor)) else None
 
 
 def _rank_files(folder: Path) -> list[Path]:
@@ -87,7 +138,8 @@ def _field(data: dict[str, Any], key: str, path: Path) -> Any:
 
 
 def _stage_and_ranks(state: dict[str, Any], path: Path) -> tuple[int, int]:
-    stage, count = _field(state, "zero_stage", path), _field(state, "partition_count", path)
+    count = _field(state, "partition_count", path)
+    stage = state.get("zero_stage", 1)  # DeepSpeed's BF16_Optimizer is of stage 1 and does not say so
     if stage not in (1, 2, 3):
         raise ModelError(f"{path}: zero_stage is {stage!r}; 1, 2 and 3 are read")
     return int(stage), max(count) if isinstance(count, list) else int(count)
@@ -100,44 +152,60 @@ def _flat_groups(state: dict[str, Any], key: str, path: Path) -> list[torch.Tens
     return [vector.detach().reshape(-1) for vector in groups]
 
 
+def _one_vector(vectors: list[torch.Tensor]) -> torch.Tensor:
+    return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
+
+
+Cut = tuple[str, tuple[int, ...], dict[int, torch.Tensor]]
+"""Name, shape, and what each rank holds of the parameter, flat."""
+
+
 def _cut_groups(
     flat: list[list[torch.Tensor]], groups: list[Shapes], paddings: list[list[int]] | None, folder: Path
-) -> dict[str, torch.Tensor]:
-    """ZeRO-1/2: join each group's vector over the ranks and cut it in the order of `param_shapes`."""
+) -> Iterator[Cut]:
+    """ZeRO-1/2: the ranks' slices laid end to end are a group's vector, cut in the order of `param_shapes`."""
     if any(len(vectors) != len(groups) for vectors in flat):
         raise ModelError(f"{folder}: {len(groups)} parameter groups, but a rank holds {[len(v) for v in flat]}")
-    tensors = {}
     for index, shapes in enumerate(groups):
-        vector = torch.cat([vectors[index] for vectors in flat])
+        slices = [vectors[index] for vectors in flat]
+        total = sum(len(values) for values in slices)
         gaps = paddings[index] if paddings else [0] * len(shapes)
         offset = 0
         for (name, shape), gap in zip(shapes.items(), gaps, strict=True):
             numel = math.prod(shape)
-            tensors[name] = _view(vector[offset : offset + numel], shape, name, folder)
+            _require(offset + numel <= total, name, shape, folder)
+            yield name, shape, _span(slices, offset, offset + numel)
             offset += numel + gap
-        if len(vector) - offset >= 2 * len(flat):  # DeepSpeed pads a group to a multiple of 2 * ranks
-            raise ModelError(f"{folder}: {len(vector) - offset} fp32 elements belong to no parameter of group {index}")
-    return tensors
+        if total - offset >= 2 * len(flat):  # DeepSpeed pads a group to a multiple of 2 * ranks
+            raise ModelError(f"{folder}: {total - offset} fp32 elements belong to no parameter of group {index}")
 
 
-def _join_partitions(flat: list[torch.Tensor], groups: list[Shapes], folder: Path) -> dict[str, torch.Tensor]:
-    """ZeRO-3: join each parameter's partitions over the ranks and drop the padding."""
-    tensors = {}
+def _span(slices: list[torch.Tensor], start: int, end: int) -> dict[int, torch.Tensor]:
+    """Elements `start` to `end` of the slices laid end to end, by rank."""
+    parts: dict[int, torch.Tensor] = {}
+    offset = 0
+    for rank, values in enumerate(slices):
+        first, last = max(start - offset, 0), min(end - offset, len(values))
+        if first < last or (start == end and not parts):
+            parts[rank] = values[first:last]
+        offset += len(values)
+    return parts
+
+
+def _join_partitions(flat: list[torch.Tensor], groups: list[Shapes], folder: Path) -> Iterator[Cut]:
+    """ZeRO-3: each parameter's partitions, the last one padded."""
     offset = 0
     for name, shape in [entry for shapes in groups for entry in shapes.items()]:
-        numel = math.prod(shape)
-        each = math.ceil(numel / len(flat))
-        whole = torch.cat([vector[offset : offset + each] for vector in flat])
-        tensors[name] = _view(whole[:numel], shape, name, folder)
+        each = math.ceil(math.prod(shape) / len(flat))
+        _require(all(offset + each <= len(vector) for vector in flat), name, shape, folder)
+        yield name, shape, {rank: vector[offset : offset + each] for rank, vector in enumerate(flat)}
         offset += each
     if any(len(vector) != offset for vector in flat):
         raise ModelError(
             f"{folder}: the ranks hold {[len(v) for v in flat]} fp32 elements, {offset} are expected of each"
         )
-    return tensors
 
 
-def _view(values: torch.Tensor, shape: tuple[int, ...], name: str, folder: Path) -> torch.Tensor:
-    if values.numel() != math.prod(shape):
+def _require(inside: bool, name: str, shape: tuple[int, ...], folder: Path) -> None:
+    if not inside:
         raise ModelError(f"{folder}: the fp32 weights end before {name} {tuple(shape)}; a rank's file is incomplete")
-    return values.view(tuple(shape))

@@ -1,8 +1,9 @@
-"""What evaluate writes: `scores.parquet` (one row a held-out conversation) and `report.json` (their sums)."""
+"""What evaluate writes: `scores.parquet`, a row a held-out conversation, and `report.json`: sums and identity."""
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,41 @@ import pyarrow.parquet as pq
 
 SCORES = "scores.parquet"
 REPORT = "report.json"
+SAMPLES = 5
+SCHEMA = pa.schema(
+    [
+        ("row_id", pa.string()),
+        ("dataset", pa.string()),
+        ("tags", pa.list_(pa.string())),
+        ("encoding", pa.string()),
+        ("tokens", pa.int64()),
+        ("correct_tokens", pa.int64()),
+        ("loss_sum", pa.float64()),
+        ("num_bytes", pa.int64()),
+        ("prompt", pa.string()),
+        ("reference", pa.string()),
+        ("answer", pa.string()),
+        ("exact_match", pa.bool_()),
+        ("rouge_l", pa.float64()),
+        ("score", pa.float64()),
+    ]
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """One held-out conversation. `loss_sum` is in nats over `tokens` supervised tokens, `num_bytes` their text's size.
+    """One held-out conversation.
 
-    `exact_match` and `answer` are None where no answer was generated.
+    `loss_sum` is in nats over `tokens` supervised tokens; `num_bytes` is the size of the trained answers as UTF-8,
+    whatever tokenizer or template reads them. `encoding` is a digest of the ids and labels that were scored: token
+    losses of two models may be compared where it is equal. `exact_match` (0 or 1), `rouge_l` (0 to 1) and `score` (the
+    user's) are None where no answer was generated, `score` also where there is no scorer.
     """
 
     row_id: str
     dataset: str
+    tags: list[str] = field(default_factory=list)
+    encoding: str = ""
     tokens: int
     correct_tokens: int
     loss_sum: float
@@ -30,43 +55,78 @@ class Score:
     reference: str
     answer: str | None = None
     exact_match: bool | None = None
+    rouge_l: float | None = None
+    score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a model reads by: hashes of its tokenizer and of its chat template."""
+
+    tokenizer: str = ""
+    chat_template: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """How a metric comes from scores: sum of `value` over sum of `weight`, of the rows whose value is not None."""
+
+    value: Callable[[Score], float | None]
+    weight: Callable[[Score], float]
+    lower_is_better: bool = False
+    unit: str = ""
+
+    def of(self, scores: Iterable[Score]) -> float | None:
+        """The metric; None where no row has a value, or nothing to weigh by."""
+        pairs = [(value, self.weight(score)) for score in scores if (value := self.value(score)) is not None]
+        weight = math.fsum(w for _, w in pairs)
+        return math.fsum(value for value, _ in pairs) / weight if weight else None
+
+
+METRICS: dict[str, Metric] = {
+    "loss": Metric(lambda s: s.loss_sum, lambda s: s.tokens, lower_is_better=True, unit="nats a token"),
+    "bits_per_byte": Metric(
+        lambda s: s.loss_sum / math.log(2), lambda s: s.num_bytes, lower_is_better=True, unit="bits a byte"
+    ),
+    "token_accuracy": Metric(lambda s: s.correct_tokens, lambda s: s.tokens, unit="of the supervised tokens"),
+    "exact_match": Metric(lambda s: s.exact_match, lambda _: 1.0, unit="of the answers"),
+    "rouge_l": Metric(lambda s: s.rouge_l, lambda _: 1.0, unit="ROUGE-L F1"),
+    "score": Metric(lambda s: s.score, lambda _: 1.0, unit="the scorer's mean"),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationReport:
-    """Scores of one model on one held-out set."""
+    """Scores of one model on one held-out set. `harness`: figures of lm-evaluation-harness, `task/metric` each."""
 
     scores: tuple[Score, ...]
+    identity: Identity = Identity()
+    harness: dict[str, float] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
-        """Sums over all rows: loss (nats a token), perplexity, bits a byte, token accuracy, exact match."""
-        tokens = sum(score.tokens for score in self.scores)
-        loss_sum = math.fsum(score.loss_sum for score in self.scores)
-        answered = [score.exact_match for score in self.scores if score.exact_match is not None]
-        loss = loss_sum / tokens
-        metrics = {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
-            "bits_per_byte": loss_sum / math.log(2) / max(1, sum(score.num_bytes for score in self.scores)),
-            "token_accuracy": sum(score.correct_tokens for score in self.scores) / tokens,
-        }
-        if answered:
-            metrics["exact_match"] = sum(answered) / len(answered)
+        """Over all rows: METRICS as far as there are values, and perplexity."""
+        values = {name: metric.of(self.scores) for name, metric in METRICS.items()}
+        metrics = {name: value for name, value in values.items() if value is not None}
+        if "loss" in metrics:
+            metrics["perplexity"] = math.exp(min(metrics["loss"], 700.0))
         return metrics
 
 
 def write_report(report: EvaluationReport, out: Path) -> dict[str, Any]:
     """Write both files; return what `report.json` holds."""
     out.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist([asdict(score) for score in report.scores]), out / SCORES)
+    pq.write_table(pa.Table.from_pylist([asdict(score) for score in report.scores], schema=SCHEMA), out / SCORES)
     answered = [score for score in report.scores if score.answer is not None]
-    samples = [{k: asdict(s)[k] for k in ("row_id", "prompt", "reference", "answer")} for s in answered[:5]]
     summary = {
-        "metrics": report.metrics(),
+        "metrics": report.metrics() | {f"harness/{key}": value for key, value in report.harness.items()},
         "rows": len(report.scores),
         "tokens": sum(score.tokens for score in report.scores),
         "generated_rows": len(answered),
-        "samples": samples,
+        "identity": asdict(report.identity),
+        "samples": [
+            {"row_id": s.row_id, "prompt": s.prompt, "reference": s.reference, "answer": s.answer}
+            for s in answered[:SAMPLES]
+        ],
     }
     (out / REPORT).write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", "utf-8")
     return summary
@@ -74,4 +134,9 @@ def write_report(report: EvaluationReport, out: Path) -> dict[str, Any]:
 
 def read_report(folder: Path) -> EvaluationReport:
     """Back from `write_report`."""
-    return EvaluationReport(tuple(Score(**row) for row in pq.read_table(folder / SCORES).to_pylist()))
+    summary = json.loads((folder / REPORT).read_text("utf-8"))
+    harness = {
+        key.removeprefix("harness/"): value for key, value in summary["metrics"].items() if key.startswith("harness/")
+    }
+    scores = tuple(Score(**row) for row in pq.read_table(folder / SCORES).to_pylist())
+    return EvaluationReport(scores, Identity(**summary["identity"]), harness)

@@ -1,6 +1,8 @@
-"""A PEFT folder as pairs of matrices. Source: LoRA, arXiv 2106.09685; rank-stabilised scale, arXiv 2312.03732.
+"""A PEFT folder as edits of weights. Sources: LoRA, arXiv 2106.09685; rank-stabilised scale, arXiv 2312.03732; DoRA,
+arXiv 2402.09353; PEFT's `tuners/lora/layer.py` for the forms of embeddings and of Conv1D.
 
-In: `adapter_config.json` and `adapter_model.safetensors`. Out: for each module of the base its A, B and the scale.
+In: `adapter_config.json` and `adapter_model.safetensors`. Out: for each weight of the base what is added to it, or what
+it is replaced by; and what a stream over the base's tensors cannot do, in words.
 """
 
 import json
@@ -19,13 +21,10 @@ from sft_core.fingerprint import hash_folder, hash_value
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-UNSUPPORTED = (
-    "use_dora",
-    "modules_to_save",
-    "fan_in_fan_out",
-    "rank_pattern",
-    "alpha_pattern",
+QUANTIZATION = "quantization.json"
+PREFIX = "base_model.model."
+KEY = re.compile(r"(?P<module>.+)\.lora_(?:(?P<side>[AB])\.weight|embedding_(?P<table>[AB])|(?P<m>magnitude_vector))")
+BEYOND = (
     "lora_bias",
     "layer_replication",
     "target_parameters",
@@ -33,66 +32,151 @@ UNSUPPORTED = (
     "use_qalora",
     "use_bdlora",
     "alora_invocation_tokens",
+    "megatron_config",
 )
-"""Settings under which the update is something other than `scale * B A` on the modules named."""
+"""Settings under which the update is something other than a low-rank sum on whole modules."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """W -> W + left @ right, fp32; the scale is in `left`. `magnitude` (DoRA): length of each output's row."""
+
+    left: torch.Tensor  # (rows of W, r)
+    right: torch.Tensor  # (r, columns of W)
+    magnitude: torch.Tensor | None = None  # (outputs,)
+    outputs: int = 0  # the axis of W that counts outputs
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight it belongs to."""
+        return self.left.shape[0], self.right.shape[1]
+
+    def transpose(self) -> "Update":
+        """The same update of a weight that is stored the other way round."""
+        left, right = self.right.T.contiguous(), self.left.T.contiguous()
+        return Update(left=left, right=right, magnitude=self.magnitude, outputs=1 - self.outputs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """`pairs`: module name -> A (r, in), B (out, r)."""
+    """`updates`: module name -> Update. `saved`: parameter name -> the tensor that takes its place. `copies`: parameter
+    name -> what PEFT saved of the untrained base (its embeddings, where they are targets), to be found there again.
 
-    scale: float
-    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    `beyond`: the settings that PEFT's own merge must see to; None if the stream can.
+    """
+
+    updates: dict[str, Update]
+    saved: dict[str, torch.Tensor]
+    copies: dict[str, torch.Tensor]
+    beyond: str | None
+    quantization: dict[str, Any] | None
     fingerprint: str
     base_name: str
+    folder: Path
 
 
-def load_adapter(folder: Path) -> Adapter:
-    """Read and check a PEFT folder. ModelError for anything but plain LoRA, or for a tensor that cannot be placed."""
-    config = _read_config(folder)
+def load_adapter(folder: Path, transposed: frozenset[str]) -> Adapter:
+    """Read and check a PEFT folder. ModelError for anything but LoRA, or for a tensor that cannot be placed.
+
+    `transposed`: names of the base's Conv1D modules (GPT-2), whose weights are stored (in, out). The configuration's
+    `fan_in_fan_out` does not tell: PEFT sets it by whichever module came last.
+    """
+    config = _read_json(folder / CONFIG)
+    if config.get("peft_type") != "LORA" or not config.get("r") or not config.get("lora_alpha"):
+        raise ModelError(
+            f"{folder / CONFIG}: peft_type is {config.get('peft_type')!r}; only LoRA with r and lora_alpha is merged"
+        )
     try:
         tensors = load_file(folder / WEIGHTS)
     except (SafetensorError, FileNotFoundError) as error:
         raise ModelError(f"{folder / WEIGHTS}: missing or torn ({error}); convert the checkpoint again") from None
-    sides: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        match = KEY.fullmatch(name)
-        if match is None:
-            raise ModelError(
-                f"{folder / WEIGHTS}: {name} is not a lora_A or lora_B weight; it would be lost in the merge"
-            )
-        sides.setdefault(match["module"], {})[match["side"]] = tensor
-    pairs = {}
-    for module, pair in sides.items():
-        if set(pair) != {"A", "B"}:
-            raise ModelError(f"{folder / WEIGHTS}: {module} has lora_{''.join(pair)} only; the adapter is incomplete")
-        a, b = pair["A"], pair["B"]
-        if a.dim() != 2 or b.dim() != 2 or a.shape[0] != config["r"] or b.shape[1] != config["r"]:
-            shapes = f"A {tuple(a.shape)}, B {tuple(b.shape)}"
-            raise ModelError(f"{folder / WEIGHTS}: {module}: {shapes} do not fit r = {config['r']}")
-        pairs[module] = (a, b)
-    if not pairs:
+    if not tensors:
         raise ModelError(f"{folder / WEIGHTS}: holds no tensors")
-    r, alpha = config["r"], config["lora_alpha"]
+    beyond = _beyond(config)
+    updates, saved, copies = ({}, {}, {}) if beyond else _edits(tensors, config, folder, transposed)
+    quantization = folder / QUANTIZATION
+    recorded = (QUANTIZATION,) if quantization.is_file() else ()
     return Adapter(
-        scale=alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r,
-        pairs=pairs,
-        fingerprint=hash_value(hash_folder(folder, (CONFIG, WEIGHTS))),
+        updates=updates,
+        saved=saved,
+        copies=copies,
+        beyond=beyond,
+        quantization=_read_json(quantization) if recorded else None,
+        fingerprint=hash_value(hash_folder(folder, (CONFIG, WEIGHTS, *recorded))),
         base_name=str(config.get("base_model_name_or_path")),
+        folder=folder,
     )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    try:
-        config: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read ({error}); {folder} must be a PEFT adapter folder") from None
-    if config.get("peft_type") != "LORA" or not config.get("r") or not config.get("lora_alpha"):
-        raise ModelError(f"{path}: peft_type is {config.get('peft_type')!r}; only LoRA with r and lora_alpha is merged")
-    set_ones = [f"{key} = {config[key]!r}" for key in UNSUPPORTED if config.get(key)]
+def _beyond(config: dict[str, Any]) -> str | None:
+    set_ones = [f"{key} = {config[key]!r}" for key in BEYOND if config.get(key)]
     if config.get("bias") not in (None, "none"):
         set_ones.append(f"bias = {config['bias']!r}")
-    if set_ones:
-        raise ModelError(f"{path}: {', '.join(set_ones)}: this version merges plain LoRA only; merge it with PEFT")
-    return config
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(("pissa", "olora", "corda", "lora_ga")):
+        set_ones.append(f"init_lora_weights = {start!r}")  # the base was changed before training
+    return ", ".join(set_ones) or None
+
+
+def _edits(
+    tensors: dict[str, torch.Tensor], config: dict[str, Any], folder: Path, transposed: frozenset[str]
+) -> tuple[dict[str, Update], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    saved: dict[str, torch.Tensor] = {}
+    copies: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        match = KEY.fullmatch(name)
+        if not name.startswith(PREFIX):
+            raise ModelError(f"{folder / WEIGHTS}: {name} is no name of PEFT's; it would be lost in the merge")
+        if not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"{folder / WEIGHTS}: {name} holds NaN or infinity; convert an earlier checkpoint")
+        if match is None:
+            kept = saved if _is_saved(name, config) else copies
+            kept[name.removeprefix(PREFIX).replace(".base_layer.", ".")] = tensor
+            continue
+        kind = match["side"] or (match["table"] and f"embedding_{match['table']}") or "magnitude"
+        parts.setdefault(match["module"].removeprefix(PREFIX), {})[kind] = tensor
+    updates = {}
+    for module, found in parts.items():
+        updates[module] = _update(module, found, config, folder / WEIGHTS)
+        if module in transposed:
+            updates[module] = updates[module].transpose()
+    return updates, saved, copies
+
+
+def _is_saved(name: str, config: dict[str, Any]) -> bool:
+    """PEFT's rule: the module's name ends in one of `modules_to_save`."""
+    return name.rpartition(".")[0].endswith(tuple(config.get("modules_to_save") or ()))
+
+
+def _update(module: str, found: dict[str, torch.Tensor], config: dict[str, Any], where: Path) -> Update:
+    table = "embedding_A" in found or "embedding_B" in found
+    sides = ("embedding_A", "embedding_B") if table else ("A", "B")
+    wanted = {*sides, "magnitude"} if config.get("use_dora") else set(sides)
+    if set(found) != wanted:
+        raise ModelError(f"{where}: {module} has lora_{', lora_'.join(sorted(found))} only; the adapter is incomplete")
+    a, b = (found[side].float() for side in sides)  # (r, in), (out, r)
+    rank = _pattern(config.get("rank_pattern"), module, config["r"])
+    alpha = _pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != rank or b.shape[1] != rank:
+        raise ModelError(f"{where}: {module}: A {tuple(a.shape)}, B {tuple(b.shape)} do not fit r = {rank}")
+    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    magnitude = found["magnitude"].float().reshape(-1) if "magnitude" in found else None
+    update = Update(left=b * scale, right=a, magnitude=magnitude)
+    return update.transpose() if table else update  # an embedding is stored (in, out)
+
+
+def _pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """PEFT's rule: the first key that is, or by regular expression matches, the end of the module's name."""
+    for key, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read ({error}); its folder must be a PEFT adapter folder") from None
+    return value

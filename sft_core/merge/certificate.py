@@ -6,6 +6,7 @@ token. Small: 64 conversations at most, chosen by the seed.
 """
 
 import gc
+import json
 import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn.functional import log_softmax
 
-from sft_core.errors import RowError
+from sft_core.errors import ModelError, RowError, SourceError
 from sft_core.merge import MergeOptions
 from sft_core.pack import IGNORE_INDEX, Sequence, encode_conversation, tools_of
 
@@ -29,12 +30,9 @@ BATCH_TOKENS = 4096
 
 def held_out_sequences(options: MergeOptions, tokenizer: Any, template: str | None) -> list[Sequence]:
     """Encoded held-out conversations, in a drawn order; empty if there are none or no way to render them."""
-    import pyarrow.parquet as pq
-
     if options.held_out is None or not template:
         return []
-    files = sorted((options.held_out / "heldout").glob("part-*.parquet"))
-    conversations = [row for path in files for row in pq.read_table(path).to_pylist()]
+    conversations = _conversations(options.held_out)
     drawn = random.Random(options.seed).sample(conversations, min(MAX_CONVERSATIONS, len(conversations)))
     sequences: list[Sequence] = []
     supervised = 0
@@ -52,6 +50,29 @@ def held_out_sequences(options: MergeOptions, tokenizer: Any, template: str | No
     return sequences
 
 
+def _conversations(held_out: Path) -> list[dict[str, Any]]:
+    """Rows with `messages`: of a Conversations folder's held-out side, or of one file."""
+    import pyarrow.parquet as pq
+
+    if held_out.is_dir():
+        files = sorted((held_out / "heldout").glob("part-*.parquet"))
+        return [row for path in files for row in pq.read_table(path).to_pylist()]
+    try:
+        if held_out.suffix == ".parquet":
+            rows = pq.read_table(held_out).to_pylist()
+        else:
+            lines = held_out.read_text("utf-8").splitlines()
+            rows = [json.loads(line) for line in lines if line.strip()]
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{held_out}: no rows to certify with ({error}); JSON Lines or Parquet is read") from None
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
+            raise SourceError(f"{held_out}: row {number} has no list `messages`; normalize the rows first")
+        for message in row["messages"]:
+            message.setdefault("weight", 1 if message.get("role") == "assistant" else None)
+    return rows
+
+
 def compare_candidates(
     base: Path, adapter: Path, candidates: Mapping[str, Path], sequences: list[Sequence], options: MergeOptions
 ) -> dict[str, Any]:
@@ -62,10 +83,17 @@ def compare_candidates(
         logits = _logits(_load(folder, options), sequences)
         figures[name] = _distance(trained, logits, sequences)
         del logits
+    chosen = min(figures, key=lambda name: figures[name]["kl"])
+    if not figures[chosen]["kl"] <= options.max_divergence:  # NaN too
+        raise ModelError(
+            f"the merged model is {figures[chosen]['kl']:.3g} nats a token from the model that was trained, over "
+            f"{options.max_divergence} ({figures}); the base or the adapter is another one than in training"
+        )
     return {
         "certified": True,
-        "chosen": min(figures, key=lambda name: figures[name]["kl"]),
-        "unit": "nats a supervised token, against the adapter on its 4-bit base",
+        "chosen": chosen,
+        "unit": "nats a supervised token, against the adapter on the base it was trained on",
+        "max_divergence": options.max_divergence,
         "sequences": len(sequences),
         "tokens": sum(len(_targets(sequence)) for sequence in sequences),
         "candidates": figures,
@@ -91,8 +119,11 @@ def _load_trained(base: Path, adapter: Path, options: MergeOptions) -> Any:
     In evaluation mode on CPU bitsandbytes repacks them, with scales rounded to bfloat16, and fails on rows that are no
     multiple of 64. These layers have no dropout, so the mode changes nothing else.
     """
-    import bitsandbytes as bnb
     from peft import PeftModel
+
+    if options.quantization == "none":
+        return PeftModel.from_pretrained(_load(base, options), adapter).eval()
+    import bitsandbytes as bnb
     from transformers import BitsAndBytesConfig
 
     quantization = BitsAndBytesConfig(

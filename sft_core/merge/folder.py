@@ -12,29 +12,39 @@ from sft_core.convert.tokenizer import copy_tokenizer, has_tokenizer
 from sft_core.errors import ModelError
 from sft_core.merge import MergeOptions
 from sft_core.merge.adapter import Adapter
-
-END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eot|>", "<end_of_turn>", "<|end|>", "<|END_OF_TURN_TOKEN|>")
-"""Tokens that end an assistant's turn in the templates of ChatML, Llama 3 and 4, Gemma, Phi, Command R."""
+from sft_core.pack import stop_token_ids
 
 
-def write_companions(base: Path, adapter: Path, out: Path, options: MergeOptions) -> dict[str, Any]:
-    """Write everything but weights and card; the generation configuration as written."""
-    config = _read_json(base / "config.json")
-    config.pop("quantization_config", None)
-    _write_json(out / "config.json", config)
-    for code in sorted(base.glob("*.py")):  # models with code of their own
-        shutil.copyfile(code, out / code.name)
+def tokenizer_folder(adapter: Path, base: Path) -> Path:
+    """The adapter's tokenizer goes before the base's. ModelError if neither has one."""
     source = adapter if has_tokenizer(adapter) else base
     if not has_tokenizer(source):
         raise ModelError(
             f"no tokenizer in the adapter {adapter} nor in the base {base}; copy the one of the training there"
         )
-    copy_tokenizer(source, out)
-    tokenizer = load_tokenizer(out, options)
+    return source
+
+
+def write_companions(
+    base: Path, tokenizer: Path | None, out: Path, options: MergeOptions, changes: dict[str, Any]
+) -> dict[str, Any]:
+    """Write everything but weights and card; the generation configuration as written.
+
+    `tokenizer`: the folder to take it from; None for the base. `changes`: keys of config.json that are not the base's.
+    """
+    config = {**_read_json(base / "config.json"), **changes}
+    config.pop("quantization_config", None)
+    if "dtype" in changes:
+        config.pop("torch_dtype", None)
+    _write_json(out / "config.json", config)
+    for code in sorted(base.glob("*.py")):  # models with code of their own
+        shutil.copyfile(code, out / code.name)
+    copy_tokenizer(tokenizer or tokenizer_folder(base, base), out)
+    loaded = load_tokenizer(out, options)
     if options.chat_template is not None:
         (out / "chat_template.jinja").write_text(options.chat_template, "utf-8")
-        tokenizer = load_tokenizer(out, options)
-    generation = _generation_config(base, config, tokenizer)
+        loaded = load_tokenizer(out, options)
+    generation = _generation_config(base, config, loaded)
     _write_json(out / "generation_config.json", generation)
     return generation
 
@@ -49,6 +59,12 @@ def load_tokenizer(folder: Path, options: MergeOptions) -> Any:
 def write_card(out: Path, adapter: Adapter, facts: dict[str, Any]) -> None:
     """README.md: what the model was made of."""
     certificate = json.dumps(facts["certificate"], indent=2, sort_keys=True)
+    measured = facts["certificate"]["certified"]
+    claim = (
+        "Certified: the merged model against the adapter on the base it was trained on, on held-out rows."
+        if measured
+        else "Not certified: the merged model was not measured against the adapter on the base it was trained on."
+    )
     text = f"""---
 base_model: {json.dumps(adapter.base_name)}
 library_name: transformers
@@ -60,9 +76,11 @@ A LoRA adapter merged into its base model by sft-flows.
 - base model: `{adapter.base_name}`
 - adapter: `{adapter.fingerprint}` (SHA-256)
 - base weights: {facts["base_weights"]}
-- tensors: {facts["merged"]} merged of {facts["tensors"]}, {facts["dequantized"]} dequantised
+- tensors: {facts["merged"]} merged of {facts["tensors"]}, {facts["saved"]} trained whole, {facts["dequantized"]} \
+dequantised
+- merged by: {facts["merged_by"]}
 
-Certificate: the merged model against the adapter on the base it was trained on, on held-out rows.
+{claim}
 
 ```json
 {certificate}
@@ -76,9 +94,8 @@ def _generation_config(base: Path, config: dict[str, Any], tokenizer: Any) -> di
     path = base / "generation_config.json"
     generation = _read_json(path) if path.is_file() else {}
     generation.pop("_from_model_config", None)
-    vocabulary = tokenizer.get_vocab()
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-    ends = [vocabulary[token] for token in END_OF_TURN if token in template and token in vocabulary]
+    template = tokenizer.chat_template
+    ends = stop_token_ids(tokenizer, template) if isinstance(template, str) else [tokenizer.eos_token_id]
     stops = [*_as_list(generation.get("eos_token_id", config.get("eos_token_id"))), tokenizer.eos_token_id, *ends]
     unique = list(dict.fromkeys(stop for stop in stops if stop is not None))
     if unique:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from sft_core.convert.skeleton import skeleton
 from sft_core.errors import ModelError
 
 BLOCK = 64
@@ -16,13 +17,11 @@ BLOCK = 64
 def quantized_weights(base: Path, trust_remote_code: bool) -> frozenset[str]:
     """Names of the weights that `BitsAndBytesConfig(load_in_4bit=True)` replaces, found on a model without data."""
     import bitsandbytes as bnb
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
     from transformers.integrations import replace_with_bnb_linear
     from transformers.quantizers.base import HfQuantizer
 
-    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model = skeleton(base, trust_remote_code)
     skip = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     model = replace_with_bnb_linear(
         model, modules_to_not_convert=skip, quantization_config=BitsAndBytesConfig(load_in_4bit=True)

@@ -1,78 +1,121 @@
-"""The base's safetensors files, copied tensor by tensor through a function; one tensor is in memory at a time.
+"""The base's weight files as places on disk: nothing is read but headers.
 
-In: `model.safetensors`, or shards with `model.safetensors.index.json`. Out: files of the same names, headers and
-sizes. Source of the format: https://github.com/huggingface/safetensors (8 bytes of length, JSON header, raw data).
+In: `model.safetensors`, `pytorch_model.bin`, or shards of either with their index. Out: for each file its tensors in
+the order they lie there, each with file, offset, dtype and shape. `.bin` files are pickles and are read as data only.
 """
 
 import json
-from collections.abc import Callable
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from sft_core.convert.reader import read_pickle
+from sft_core.convert.writer import DTYPES, Slot
 from sft_core.errors import ModelError
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+FORMATS = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 
-Change = Callable[[str, torch.Tensor], torch.Tensor]
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A tensor of the base: `offset` bytes into `file`, rows one after the other."""
+
+    file: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def slot(self, name: str) -> Slot:
+        """The same tensor in an output file."""
+        return Slot(name, self.dtype, self.shape)
+
+    def read(self) -> torch.Tensor:
+        """The whole tensor."""
+        slot = self.slot("")
+        data = torch.empty(slot.nbytes, dtype=torch.uint8)
+        with self.file.open("rb", buffering=0) as file:
+            read_into(file.fileno(), self.offset, data)
+        return data.view(self.dtype).reshape(self.shape)
 
 
-def base_shards(base: Path) -> dict[str, frozenset[str]]:
-    """Shard file -> names of its tensors. ModelError if a file is missing, torn, or not as the index says."""
-    if (base / SINGLE).is_file():
-        return {SINGLE: frozenset(_header(base / SINGLE)[1])}
-    if not (base / INDEX).is_file():
-        raise ModelError(f"base {base}: neither {SINGLE} nor {INDEX}; save it with safetensors (save_pretrained does)")
-    weight_map: dict[str, str] = json.loads((base / INDEX).read_text("utf-8"))["weight_map"]
-    shards = {name: frozenset(_header(base / name)[1]) for name in sorted(set(weight_map.values()))}
+def read_into(descriptor: int, offset: int, data: torch.Tensor) -> None:
+    """Fill `data` (bytes) from a file. ModelError if the file ends before."""
+    view = data.numpy().data
+    while len(view):
+        count = os.preadv(descriptor, [view], offset)
+        if count == 0:
+            raise ModelError(f"base: a weight file ends at byte {offset}; it changed while it was read")
+        view, offset = view[count:], offset + count
+
+
+def base_shards(base: Path) -> dict[str, dict[str, Place]]:
+    """Shard file -> its tensors. ModelError if a file is missing, torn, or not as the index says."""
+    for single, index in FORMATS:
+        if (base / single).is_file():
+            return {single: _places(base / single)}
+        if (base / index).is_file():
+            return _indexed(base, index)
+    names = " nor ".join(name for pair in FORMATS for name in pair)
+    raise ModelError(f"base {base}: neither {names}; save it with save_pretrained")
+
+
+def _indexed(base: Path, index: str) -> dict[str, dict[str, Place]]:
+    try:
+        weight_map: dict[str, str] = json.loads((base / index).read_text("utf-8"))["weight_map"]
+        named = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{base / index}: no index of weights ({error}); download the base model again") from None
+    for name in named:
+        if Path(name).name != name:
+            raise ModelError(f"{base / index}: names the file {name!r}, which is not in its folder")
+    shards = {name: _places(base / name) for name in named}
     for tensor, shard in weight_map.items():
         if tensor not in shards[shard]:
-            raise ModelError(f"{base / INDEX}: says that {tensor} is in {shard}, which does not hold it")
+            raise ModelError(f"{base / index}: says that {tensor} is in {shard}, which does not hold it")
+    for shard, places in shards.items():
+        for tensor in places:
+            if weight_map.get(tensor) != shard:
+                raise ModelError(f"{base / index}: does not say that {shard} holds {tensor}; download it again")
     return shards
 
 
-def rewrite_shards(base: Path, out: Path, change: Change) -> None:
-    """Write each tensor of the base, as `change` returns it, to a file of the same name in `out`."""
-    total = 0
-    shards = base_shards(base)
-    for shard in shards:
-        total += _rewrite(base / shard, out / shard, change)
-    if SINGLE in shards:
-        return
-    index = json.loads((base / INDEX).read_text("utf-8"))
-    index["metadata"] = {**(index.get("metadata") or {}), "total_size": total}
-    (out / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+def _places(path: Path) -> dict[str, Place]:
+    return _pickled(path) if path.suffix == ".bin" else _safetensors(path)
 
 
-def _rewrite(source: Path, target: Path, change: Change) -> int:
-    """Copy one file through `change`; dtype and shape stay, so the header does too. Bytes of tensors written."""
-    header, entries = _header(source)
-    written = 0
-    with safe_open(source, framework="pt") as tensors, target.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for name in sorted(entries, key=lambda name: entries[name]["data_offsets"]):
-            before = tensors.get_tensor(name)
-            after = change(name, before)
-            assert (after.dtype, after.shape) == (before.dtype, before.shape), f"{name} must keep its dtype and shape"
-            data = after.contiguous().reshape(-1).view(torch.uint8).numpy()
-            start, end = entries[name]["data_offsets"]
-            assert (start, end - start) == (written, data.nbytes), f"{name} must follow the tensor before it"
-            file.write(data.data)
-            written += data.nbytes
-    return written
-
-
-def _header(path: Path) -> tuple[bytes, dict[str, Any]]:
-    """The header's bytes and its entries. The library opens the file first: it checks offsets and length."""
+def _safetensors(path: Path) -> dict[str, Place]:
+    """The library opens the file first: it checks offsets and length."""
     try:
         with safe_open(path, framework="pt"), path.open("rb") as file:
-            header = file.read(min(int.from_bytes(file.read(8), "little"), MAX_HEADER_BYTES))
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: missing or torn ({error}); download the base model again") from None
-    entries = json.loads(header)
-    entries.pop("__metadata__", None)
-    return header, entries
+    header.pop("__metadata__", None)
+    unknown = {entry["dtype"] for entry in header.values()} - set(DTYPES)
+    if unknown:
+        raise ModelError(f"{path}: holds tensors of {min(unknown)}; take a base of 16 or 32-bit weights")
+    places = {name: _place(path, 8 + length, entry) for name, entry in header.items()}
+    return dict(sorted(places.items(), key=lambda item: item[1].offset))
+
+
+def _place(path: Path, start: int, entry: dict[str, Any]) -> Place:
+    return Place(path, start + entry["data_offsets"][0], DTYPES[entry["dtype"]], tuple(entry["shape"]))
+
+
+def _pickled(path: Path) -> dict[str, Place]:
+    places = {}
+    for name, tensor in read_pickle(path).items():
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_contiguous():
+            raise ModelError(f"{path}: {name} is no tensor laid out row by row; save the base as safetensors")
+        offset = int(tensor.storage_offset()) * tensor.itemsize  # the storage is the mapped file
+        places[str(name)] = Place(path, offset, tensor.dtype, tuple(tensor.shape))
+    return dict(sorted(places.items(), key=lambda item: (item[1].offset, item[0])))

@@ -6,14 +6,13 @@ from sft_core.recipe.sections import (
     ComputeConfig,
     DatasetConfig,
     EvaluateConfig,
-    LoraConfig,
     MergeConfig,
     NormalizeConfig,
     PackConfig,
     Recipe,
     RegisterConfig,
-    TrainConfig,
 )
+from sft_core.recipe.training import LoraConfig, TrainConfig
 
 __all__ = [
     "BaseModelConfig",

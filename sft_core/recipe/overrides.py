@@ -8,7 +8,8 @@ from typing import Any, Optional
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from sft_core.recipe import sections
+from sft_core.recipe import sections, training
+from sft_core.recipe.section import Section
 
 
 def _without_defaults(schema: dict[str, Any]) -> None:
@@ -16,14 +17,14 @@ def _without_defaults(schema: dict[str, Any]) -> None:
         entry.pop("default", None)
 
 
-def override_model(section: type[sections.Section], keys: tuple[str, ...] | None = None) -> type[BaseModel]:
+def override_model(section: type[Section], keys: tuple[str, ...] | None = None) -> type[BaseModel]:
     """The section with all keys (or `keys`) optional; bounds and help stay."""
     fields: dict[str, Any] = {}
     for key, info in section.model_fields.items():
         if keys is not None and key not in keys:
             continue
         nested = key == "lora"
-        annotation = override_model(sections.LoraConfig) if nested else info.rebuild_annotation()
+        annotation = override_model(training.LoraConfig) if nested else info.rebuild_annotation()
         fields[key] = (Optional[annotation], Field(default=None, description=info.description))  # noqa: UP045
     name = section.__name__.removesuffix("Config") + "Overrides"
     config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=_without_defaults)
@@ -35,7 +36,7 @@ BaseModelOverrides = override_model(sections.BaseModelConfig)
 ScheduleOverrides = override_model(sections.ScheduleConfig)
 NormalizeOverrides = override_model(sections.NormalizeConfig)
 PackOverrides = override_model(sections.PackConfig)
-TrainOverrides = override_model(sections.TrainConfig)
+TrainOverrides = override_model(training.TrainConfig)
 MergeOverrides = override_model(sections.MergeConfig)
 EvaluateOverrides = override_model(sections.EvaluateConfig)
 RegisterOverrides = override_model(sections.RegisterConfig)

@@ -2,17 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-
-
-class Section(BaseModel):
-    """What all sections share: unknown keys are errors, values cannot be changed later."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+from sft_core.recipe.section import Fraction, Name, Positive, Section
+from sft_core.recipe.training import TrainConfig
 
 
 class BaseModelConfig(Section):
@@ -81,68 +74,6 @@ class PackConfig(Section):
     each untrained at its first token; `truncate` keeps the head. Decided before packing, `concat` too."""
 
 
-class LoraConfig(Section):
-    """PEFT's LoRA, under PEFT's names."""
-
-    r: Positive = 16
-    """Rank."""
-    lora_alpha: Positive = 32
-    """Scale: the update is `lora_alpha / r * B A`."""
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Fraction."""
-    target_modules: str | tuple[str, ...] = "all-linear"
-    """`all-linear` (every linear layer but the output head), or names of modules."""
-
-
-class TrainConfig(Section):
-    """Training, under HF TrainingArguments' names. Steps are optimizer steps."""
-
-    quantization: Literal["nf4", "none"] = "nf4"
-    """4-bit NormalFloat base with double quantisation (QLoRA), or the base as it is."""
-    lora: LoraConfig | None = LoraConfig()
-    """Adapter; null trains all weights."""
-    deepspeed: str | None = "zero2"
-    """`zero1`, `zero2`, `zero3`, a JSON file, or null for plain Trainer checkpoints."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Compute dtype."""
-    num_train_epochs: Annotated[float, Field(gt=0)] = 3
-    """Epochs; each packs its rows anew."""
-    max_steps: int | None = None
-    """Optimizer steps; null for as many as the epochs need."""
-    per_device_train_batch_size: Positive = 1
-    """Packed rows a device."""
-    gradient_accumulation_steps: Positive = 16
-    """Micro-batches an optimizer step."""
-    learning_rate: Annotated[float, Field(gt=0)] = 2.0e-4
-    """Peak."""
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
-    """Schedule after the warm-up."""
-    warmup_ratio: Fraction = 0.03
-    """Fraction of all optimizer steps."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's."""
-    adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
-    """AdamW's second moment decay."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Norm to which gradients are clipped."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: less memory, a third more work."""
-    save_steps: Positive = 500
-    """Optimizer steps between checkpoints."""
-    save_total_limit: Positive = 2
-    """Checkpoints kept while training."""
-    logging_steps: Positive = 10
-    """Optimizer steps between metric lines."""
-    num_processes: Positive | None = None
-    """Ranks on this machine; null for one a GPU, or one on CPU."""
-
-    @model_validator(mode="after")
-    def _quantized_base_needs_an_adapter(self) -> "TrainConfig":
-        if self.quantization == "nf4" and self.lora is None:
-            raise ValueError("lora: null trains all weights, which a 4-bit base cannot do; set quantization: none")
-        return self
-
-
 class MergeConfig(Section):
     """Adapter into base."""
 
@@ -153,23 +84,46 @@ class MergeConfig(Section):
 class EvaluateConfig(Section):
     """Scores of one model on the held-out rows."""
 
-    primary_metric: Literal["loss", "exact_match", "token_accuracy"] = "loss"
-    """The metric that decides promotion."""
+    primary_metric: Literal["loss", "bits_per_byte", "token_accuracy", "exact_match", "rouge_l", "score"] = "loss"
+    """The metric that decides promotion; `score` is the scorer's. Where two models read by different tokenizers or
+    templates, `bits_per_byte` stands in for `loss`."""
+    scorer: str | None = None
+    """A function of yours, `package.module:function` or `path.py:function`: prompt messages, reference, answer -> a
+    number, higher is better."""
     max_new_tokens: Positive = 256
     """Tokens generated an answer."""
     max_generated_rows: Annotated[int, Field(ge=0)] = 200
     """Held-out rows answered by generation; 0 for none. Loss is measured on all of them."""
     batch_size: Positive = 16
     """Rows scored at a time."""
+    harness_tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness (names, or YAML files of yours) to run as well; needs the extra `harness`. They
+    are reported and decide nothing."""
+    harness_limit: Positive | None = None
+    """Rows of each harness task; null for all."""
+
+    @model_validator(mode="after")
+    def _score_has_a_scorer(self) -> "EvaluateConfig":
+        if self.primary_metric == "score" and self.scorer is None:
+            raise ValueError("evaluate.primary_metric is score: set evaluate.scorer to the function that gives it")
+        return self
 
 
 class RegisterConfig(Section):
-    """The registered model."""
+    """The registered model, and the gate before the alias `champion`."""
 
     model_name: Name | None = None
     """Name in the MLflow registry; null for the recipe's name."""
     approval: Literal["auto"] = "auto"
     """`auto`: the gate decides."""
+    alpha: Annotated[float, Field(gt=0, le=0.5)] = 0.05
+    """Chance that 365 challenges of one champion promote a model that is no better than it."""
+    margin: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """By how much a model must be better: a fraction of the other's loss or bits a byte, points of any other metric."""
+    slice_margin: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """By how much a slice of the held-out rows (a data set, a length, a tag) may get worse; units as of `margin`."""
+    max_merge_divergence: Annotated[float, Field(gt=0)] = 0.05
+    """Nats a token, KL(trained || merged) of merge's certificate. Above it nothing is registered."""
 
 
 class ComputeConfig(Section):
@@ -181,6 +135,11 @@ class ComputeConfig(Section):
     """train."""
     publish: str | None = None
     """convert, merge, evaluate, register."""
+    num_proc: Positive | None = None
+    """Processes that normalize and pack shards of rows; null for one in four cores. Same bytes for any number."""
+    dask: str | None = None
+    """Address of a Dask scheduler (`tcp://host:8786`) whose workers normalize and pack shards instead; needs the extra
+    `dask`. Same bytes."""
 
 
 class Recipe(Section):

@@ -12,13 +12,14 @@ from pathlib import Path
 
 from sft_core.artifacts import Outcome
 from sft_core.errors import TrainError
-from sft_core.recipe import BaseModelConfig, TrainConfig
-from sft_core.train.checkpoints import newest_complete, step_of
+from sft_core.recipe import TrainConfig
+from sft_core.train.checkpoints import check_world_size, newest_complete, step_of
 from sft_core.train.launch import run_training
+from sft_core.train.limits import check_training
 from sft_core.train.metrics import read_metrics
 from sft_core.train.spec import TrainSpec
 
-STEP_VERSION = 1
+STEP_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,11 +30,8 @@ class TrainInputs:
     base_model: Path
     trust_remote_code: bool
     work: Path
-
-    @classmethod
-    def of(cls, packed: Path, base_model: Path, config: BaseModelConfig, work: Path) -> "TrainInputs":
-        """From the recipe's `base_model` section."""
-        return cls(packed=packed, base_model=base_model, trust_remote_code=config.trust_remote_code, work=work)
+    conversations: Path | None = None
+    """What was packed; with it, a message about a row can say where the row comes from."""
 
 
 def train_adapter(
@@ -43,6 +41,11 @@ def train_adapter(
     work = inputs.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     num_processes = config.num_processes or _num_gpus() or 1
+    for note in check_training(config, num_processes, cuda=bool(_num_gpus())):
+        on_line(note)
+    newest = newest_complete(work)
+    if newest is not None:
+        check_world_size(newest, num_processes)
     spec = TrainSpec(
         packed=str(inputs.packed.resolve()),
         base_model=str(inputs.base_model),
@@ -51,6 +54,7 @@ def train_adapter(
         seed=seed,
         checkpoints=str(work),
         metrics=str(work / "metrics.jsonl"),
+        conversations=str(inputs.conversations) if inputs.conversations else None,
     )
     spec.write(work / "spec.json")
     run_training(work / "spec.json", num_processes, work / "train.log", on_line)
@@ -58,10 +62,7 @@ def train_adapter(
     metrics = read_metrics(work / "metrics.jsonl")
     if checkpoint is None or not metrics:
         raise TrainError(f"the training process ended well but left no complete checkpoint in {work}")
-    out.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(checkpoint, out / "checkpoint")
-    for name in ("metrics.jsonl", "train.log"):
-        shutil.copy(work / name, out / name)
+    _copy_result(checkpoint, work, out)
     first, last = metrics[0], metrics[-1]
     seconds = (last["time"] - first["time"]) / 1000
     steps = last["optimizer_step"] - first["optimizer_step"]
@@ -74,6 +75,19 @@ def train_adapter(
             "num_processes": num_processes,
         }
     )
+
+
+def _copy_result(checkpoint: Path, work: Path, out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(checkpoint, out / "checkpoint")
+        for name in ("metrics.jsonl", "train.log"):
+            shutil.copy(work / name, out / name)
+    except OSError as error:
+        raise TrainError(
+            f"training is done, but {checkpoint} could not be copied to {out}: {error}; make room there, and the same "
+            "command goes on from here"
+        ) from None
 
 
 def _num_gpus() -> int:

@@ -1,32 +1,103 @@
-"""Resumable state on disk: Trainer's `checkpoint-N` folders, each with a mark that says it was written whole."""
+"""Resumable state on disk: Trainer's `checkpoint-N` folders, each with a mark that says it was written whole.
 
+The mark `complete` is JSON: the size of every file, how many ranks wrote, and what was counted so far. It is written
+last, after every file has reached the disk; a folder whose files differ from its mark counts as torn.
+"""
+
+import json
+import os
 import re
 import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from sft_core.errors import TrainError
+
 COMPLETE = "complete"
-"""Empty file, written last into a checkpoint."""
+"""The mark's file, written last into a checkpoint."""
 
 
-def mark_complete(checkpoint: Path) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """What a run has trained so far, all ranks together."""
+
+    tokens: int = 0
+    supervised_tokens: int = 0
+    skipped_steps: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """What `complete` holds. `files`: size in bytes by path in the checkpoint."""
+
+    world_size: int
+    counts: Counts
+    files: dict[str, int]
+
+
+def mark_complete(checkpoint: Path, world_size: int, counts: Counts) -> None:
     """Say that every byte of `checkpoint` is there."""
-    (checkpoint / COMPLETE).touch()
+    files = {}
+    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        files[path.relative_to(checkpoint).as_posix()] = path.stat().st_size
+    mark = Mark(world_size=world_size, counts=counts, files=files)
+    part = checkpoint / f"{COMPLETE}.part"
+    with part.open("w", encoding="utf-8") as file:
+        json.dump(asdict(mark), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(checkpoint / COMPLETE)
+
+
+def read_mark(checkpoint: Path) -> Mark | None:
+    """The mark, or None if the checkpoint is torn: no mark, half a mark, or files that are not of the size it says."""
+    try:
+        value = json.loads((checkpoint / COMPLETE).read_text("utf-8"))
+        mark = Mark(world_size=int(value["world_size"]), counts=Counts(**value["counts"]), files=dict(value["files"]))
+        whole = all((checkpoint / name).stat().st_size == size for name, size in mark.files.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return mark if whole else None
 
 
 def newest_complete(folder: Path) -> Path | None:
     """The complete checkpoint of the highest optimizer step; torn ones (a kill while saving) are deleted."""
-    complete: list[tuple[int, Path]] = []
-    for checkpoint in folder.glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
-        if match is None:
-            continue
-        if (checkpoint / COMPLETE).exists():
-            complete.append((int(match.group(1)), checkpoint))
-        else:
+    complete = []
+    for checkpoint in _checkpoints(folder):
+        if read_mark(checkpoint) is None:
             shutil.rmtree(checkpoint)
-    return max(complete)[1] if complete else None
+        else:
+            complete.append(checkpoint)
+    return max(complete, key=step_of, default=None)
+
+
+def keep_newest(folder: Path, number: int) -> None:
+    """Delete all but the newest `number` complete checkpoints."""
+    complete = [checkpoint for checkpoint in _checkpoints(folder) if (checkpoint / COMPLETE).exists()]
+    for checkpoint in sorted(complete, key=step_of)[:-number]:
+        (checkpoint / COMPLETE).unlink()  # half a deletion must not look complete
+        shutil.rmtree(checkpoint)
+
+
+def check_world_size(checkpoint: Path, world_size: int) -> Counts:
+    """What was counted up to `checkpoint`. TrainError if another number of ranks wrote it."""
+    mark = read_mark(checkpoint)
+    assert mark is not None, "only complete checkpoints come here"
+    if mark.world_size != world_size:
+        raise TrainError(
+            f"{checkpoint} was written by {mark.world_size} ranks, this run has {world_size}: each rank's part of the "
+            "optimizer's state and of the random numbers would not fit, and the run would end otherwise. Set "
+            f"train.num_processes: {mark.world_size}, or delete {checkpoint.parent} to begin anew"
+        )
+    return mark.counts
 
 
 def step_of(checkpoint: Path) -> int:
     """The optimizer step a checkpoint was saved after."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]

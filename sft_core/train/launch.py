@@ -4,7 +4,9 @@ One rank: `python -m sft_core.train.worker SPEC`. Several: `torchrun` on this ma
 Whatever ends `run_training` (an exception, a cancelled flow, Ctrl-C) asks the child to save (SIGTERM), then kills it.
 """
 
+import contextlib
 import ctypes
+import json
 import os
 import signal
 import socket
@@ -15,11 +17,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from sft_core.errors import TrainError
-from sft_core.train.worker import EXIT_STOPPED, PR_SET_PDEATHSIG
+from sft_core.train.worker import EXIT_STOPPED, FAULT, PR_SET_PDEATHSIG
 
 GRACE_SECONDS = 20.0
 """Time the child gets to save after SIGTERM; Prefect kills a cancelled flow after 30 s."""
 TAIL_LINES = 30
+PROGRESS = ("step ", "resuming ", "note: ")
+"""Beginnings of lines that are passed on while training runs."""
 NOISE = ("FutureWarning", "UserWarning", "DeprecationWarning", "warnings.warn", "[W", "[INFO]", "[WARNING]", "W1", "W0")
 
 
@@ -68,22 +72,30 @@ def run_training(spec: Path, num_processes: int, log: Path, on_line: Callable[[s
     if status == EXIT_STOPPED:
         raise TrainError("training was stopped by SIGTERM after saving a checkpoint; the same command goes on from it")
     if status != 0:
+        if tail and tail[0].startswith(FAULT):
+            fault: str = json.loads(tail[0].removeprefix(FAULT))
+            raise TrainError(f"{fault.removeprefix('TrainError: ')}; full log: {log}")
         last = "\n".join(f"  {line}" for line in tail)
         raise TrainError(f"the training process ended with status {status}; full log: {log}\n{last}")
 
 
 def _relay(process: subprocess.Popen[str], log: Path, on_line: Callable[[str], None]) -> deque[str]:
+    """The last lines, or the first one that names a user's fault."""
     tail: deque[str] = deque(maxlen=TAIL_LINES)
+    fault: str | None = None
     assert process.stdout is not None
-    with log.open("a", encoding="utf-8") as file:
+    with log.open("ab", buffering=0) as file:
         for raw in process.stdout:
             line = raw.rstrip("\n").rsplit("\r", 1)[-1]
-            file.write(line + "\n")
-            if line.strip() and not line.lstrip().startswith(NOISE):
+            with contextlib.suppress(OSError):  # a full disk: the child will say so, and it is the child's to say
+                file.write(f"{line}\n".encode(errors="backslashreplace"))
+            if line.startswith(FAULT) and fault is None:
+                fault = line
+            elif line.strip() and not line.lstrip().startswith(NOISE):
                 tail.append(line)
-                if line.startswith(("step ", "resuming ")):
+                if line.startswith(PROGRESS):
                     on_line(line)
-    return tail
+    return deque([fault]) if fault is not None else tail
 
 
 def _stop(process: subprocess.Popen[str]) -> None:

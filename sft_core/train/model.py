@@ -1,6 +1,7 @@
-"""The model to train: base weights, 4-bit where asked, with a fresh LoRA adapter.
+"""The model to train: base weights, 4-bit where asked, with a fresh LoRA adapter, or all weights trained.
 
-Sources: QLoRA, arXiv 2305.14314 (nf4, double quantisation); LoRA, arXiv 2106.09685; PEFT's and bitsandbytes' guides.
+Sources: QLoRA, arXiv 2305.14314 (nf4, double quantisation); LoRA, arXiv 2106.09685; rsLoRA, 2312.03732; DoRA,
+2402.09353; LoftQ, 2310.08659; PEFT's and bitsandbytes' guides.
 """
 
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig as PeftLoraConfig
-from peft import get_peft_model, prepare_model_for_kbit_training
+from peft import get_peft_model, prepare_model_for_kbit_training, replace_lora_weights_loftq
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sft_core.errors import RecipeError
 from sft_core.recipe import LoraConfig, TrainConfig
+from sft_core.train.targets import ALL_LINEAR, adapted_modules, check_modules_to_save, fused_experts
 
 
 def quantization_config(train: TrainConfig) -> BitsAndBytesConfig | None:
@@ -29,14 +32,16 @@ def quantization_config(train: TrainConfig) -> BitsAndBytesConfig | None:
 
 
 def load_base(path: str | Path, train: TrainConfig, trust_remote_code: bool) -> Any:
-    """The frozen base as training sees it: quantised at load, in the compute dtype, SDPA attention."""
+    """The base as training sees it: quantised at load, SDPA attention, in the compute dtype; in float32 where all of
+    it is trained without DeepSpeed, which would keep float32 copies itself."""
     quantization = quantization_config(train)
     placement = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+    in_masters = train.lora is None and train.deepspeed is None
     model = AutoModelForCausalLM.from_pretrained(
         path,
-        dtype=getattr(torch, train.dtype),
+        dtype=torch.float32 if in_masters else getattr(torch, train.dtype),
         quantization_config=quantization,
-        device_map=placement if quantization is not None else None,
+        device_map=placement if quantization is not None and not is_deepspeed_zero3_enabled() else None,
         trust_remote_code=trust_remote_code,
         attn_implementation="sdpa",
     )
@@ -52,34 +57,55 @@ def keep_4bit_weights_unpacked(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def peft_config(lora: LoraConfig) -> PeftLoraConfig:
-    """PEFT's form of the recipe's `train.lora`."""
-    targets = lora.target_modules
+def peft_config(lora: LoraConfig, modules: list[str]) -> PeftLoraConfig:
+    """PEFT's form of the recipe's `train.lora`, for the modules of one model."""
     return PeftLoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        target_modules=modules,
+        modules_to_save=list(lora.modules_to_save) or None,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        init_lora_weights=True if lora.init_lora_weights == "loftq" else lora.init_lora_weights,
         bias="none",
         task_type="CAUSAL_LM",
     )
 
 
-def load_trainable(path: str | Path, train: TrainConfig, trust_remote_code: bool) -> Any:
-    """Base plus adapter, ready for the Trainer. RecipeError if the targets name no module of this model."""
-    if train.lora is None:
-        raise RecipeError(
-            "train.lora: null (full fine-tuning) is not supported by this version; give it a LoRA section"
-        )
+def load_trainable(path: str | Path, train: TrainConfig, trust_remote_code: bool) -> tuple[Any, list[str]]:
+    """Base plus adapter (or the base alone, to train whole), ready for the Trainer; and notes for whoever started the
+    run. RecipeError if the targets name no module of this model."""
     model = load_base(path, train, trust_remote_code)
     model.config.use_cache = False
+    notes = _notes(model, train)
+    if train.lora is None:
+        return model, notes
     if train.quantization != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    elif train.gradient_checkpointing:
-        model.enable_input_require_grads()
-    if train.gradient_checkpointing and train.quantization != "none":
-        model.enable_input_require_grads()
+    check_modules_to_save(model, train.lora)
     try:
-        return get_peft_model(model, peft_config(train.lora))
+        model = get_peft_model(model, peft_config(train.lora, adapted_modules(model, train.lora)))
     except ValueError as error:
         raise RecipeError(f"train.lora.target_modules {train.lora.target_modules!r}: {error}") from None
+    if train.lora.init_lora_weights == "loftq":
+        replace_lora_weights_loftq(model, str(Path(path) / "model.safetensors"))
+    # A 16-bit sum swallows small updates. ZeRO-3 keeps float32 copies itself, and casts nothing that came in parts.
+    dtype = getattr(torch, train.dtype) if is_deepspeed_zero3_enabled() else torch.float32
+    for parameter in model.parameters():
+        if parameter.requires_grad and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(dtype)
+    return model, notes
+
+
+def _notes(model: Any, train: TrainConfig) -> list[str]:
+    names, fraction = fused_experts(model)
+    if not names or train.lora is None:
+        return []
+    share = f"{len(names)} fused expert weights ({names[0]}, ...; {fraction:.0%} of the model)"
+    notes = []
+    if train.lora.target_modules == ALL_LINEAR:
+        notes.append(f"note: all-linear adapts no experts of this model: {share} are no linear layers and stay as is")
+    if train.quantization != "none":
+        notes.append(f"note: quantization: nf4 leaves {share} in {train.dtype}")
+    return notes

@@ -19,6 +19,8 @@ class TrainSpec:
     seed: int
     checkpoints: str
     metrics: str
+    conversations: str | None = None
+    """Folder that tells where a row comes from."""
 
     @property
     def config(self) -> TrainConfig:

@@ -1,130 +1,94 @@
-"""transformers' Trainer on packed rows: arguments, order of data, and the log of the run."""
+"""transformers' Trainer on packed rows: order of data, one loss for every model, whole checkpoints.
 
-import time
+In: the stream, a model, what watches the run. Out: checkpoints. Learning rate, schedule and parameter groups (no decay
+of biases and norms) are the Trainer's.
+"""
+
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from sft_core.errors import TrainError
 from sft_core.pack import IGNORE_INDEX
-from sft_core.pack.collate import collate
-from sft_core.train.checkpoints import mark_complete, step_of
-from sft_core.train.metrics import append_metrics, progress_line, rewind_metrics
-from sft_core.train.spec import TrainSpec
+from sft_core.train.batches import ROW_NUMBERS, ROW_TOKENS, NumberedCollator, NumberedRows
+from sft_core.train.checkpoints import Counts
 from sft_core.train.stream import PackedStream
-from sft_core.train.zero import deepspeed_config
+from sft_core.train.token_loss import token_loss
+from sft_core.train.watch import StepWatch
 
 
 class PackedTrainer(Trainer):
     """Trainer that keeps the stream's order. Loss is a mean over the supervised tokens of the whole optimizer step."""
 
+    def __init__(self, model: Any, args: TrainingArguments, stream: PackedStream, watch: StepWatch, log: Any) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=NumberedRows(stream),
+            data_collator=NumberedCollator(stream.pad_token_id),
+            compute_loss_func=token_loss,
+            callbacks=[log],
+        )
+        self.counts = Counts()
+        self._watch = watch
+        log.trainer = self
+
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
+        """Supervised tokens of the optimizer step at hand, all ranks together; at least 1, as it divides."""
+        supervised = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in batch_samples)
+        tokens = sum(batch[ROW_TOKENS].sum() for batch in batch_samples)
+        both = torch.stack([torch.as_tensor(supervised), torch.as_tensor(tokens)]).to(device)
+        if self.args.world_size > 1:
+            dist.all_reduce(both)
+        counts = self.counts
+        self.counts = replace(
+            counts,
+            supervised_tokens=counts.supervised_tokens + int(both[0]),
+            tokens=counts.tokens + int(both[1]),
+        )
+        return both[0].clamp_min(1)
 
-def training_arguments(spec: TrainSpec, max_steps: int) -> TrainingArguments:
-    """The recipe's `train` section as TrainingArguments."""
-    config = spec.config
-    cuda = torch.cuda.is_available()
-    return TrainingArguments(
-        output_dir=spec.checkpoints,
-        max_steps=max_steps,
-        per_device_train_batch_size=config.per_device_train_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_scheduler_type,
-        warmup_steps=round(config.warmup_ratio * max_steps),
-        weight_decay=config.weight_decay,
-        adam_beta2=config.adam_beta2,
-        max_grad_norm=config.max_grad_norm,
-        optim="adamw_torch",
-        bf16=config.dtype == "bfloat16",
-        fp16=config.dtype == "float16",
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
-        deepspeed=deepspeed_config(config),
-        use_cpu=not cuda,
-        seed=spec.seed,
-        data_seed=spec.seed,
-        save_strategy="steps",
-        save_steps=min(config.save_steps, max_steps),
-        save_total_limit=config.save_total_limit,
-        logging_steps=config.logging_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        remove_unused_columns=False,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=cuda,
-        report_to="none",
-        disable_tqdm=True,
-    )
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """One micro-batch; the watch keeps its loss."""
+        rows = inputs.pop(ROW_NUMBERS).tolist()
+        inputs.pop(ROW_TOKENS)
+        supervised = (inputs["labels"] != IGNORE_INDEX).sum()
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self._watch.add(loss, supervised, rows)
+        return loss
 
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
+        """Called once an optimizer step, before it is taken (under DeepSpeed: just after)."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        norm = float("nan") if norm is None else float(norm)
+        if self.is_deepspeed_enabled and self.accelerator.optimizer_step_was_skipped:
+            norm = float("inf")
+        self._watch.check(self.state.global_step + 1, norm, may_overflow=self.args.fp16)
+        if norm == float("inf") or norm != norm:
+            self.counts = replace(self.counts, skipped_steps=self.counts.skipped_steps + 1)
+            return 0.0  # nothing was moved
+        return norm
 
-class RunLog(TrainerCallback):
-    """Counts tokens, writes `metrics.jsonl`, prints progress, marks checkpoints, stops on SIGTERM or a broken loss."""
-
-    def __init__(self, spec: TrainSpec, stream: PackedStream, max_steps: int, stop: Any) -> None:
-        self._spec, self._stream, self._max_steps, self._stop = spec, stream, max_steps, stop
-        self._metrics = Path(spec.metrics)
-        self._pad_id = stream.pad_token_id
-        self._tokens = self._supervised_tokens = 0
-        self._clock = time.monotonic()
-        self._tokens_at_clock = 0
-
-    def collate(self, rows: list[Any]) -> dict[str, torch.Tensor]:
-        """Packed rows to one batch; counts what this rank feeds the model."""
-        batch = collate(rows, self._pad_id)
-        self._tokens += sum(len(sequence.input_ids) for row in rows for sequence in row)
-        self._supervised_tokens += int((batch["labels"] != IGNORE_INDEX).sum())
-        return batch
-
-    def start(self, resumed_from: Path | None) -> None:
-        """Say what begins, and forget log lines of steps that will be done again."""
-        if resumed_from is not None:
-            print(f"resuming from {resumed_from.name} of {self._max_steps} optimizer steps", flush=True)
-        rewind_metrics(self._metrics, step_of(resumed_from) if resumed_from else 0)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """One metrics line and one progress line a logged step."""
-        if logs is None or "loss" not in logs:
-            return
-        if not 0 < float(logs["loss"]) < float("inf"):
-            raise TrainError(f"loss is {logs['loss']} at optimizer step {state.global_step}; nothing useful can follow")
-        if not state.is_world_process_zero:
-            return
-        now = time.monotonic()
-        entry = {
-            "time": int(time.time() * 1000),
-            "optimizer_step": state.global_step,
-            "max_steps": self._max_steps,
-            "loss": float(logs["loss"]),
-            "learning_rate": float(logs["learning_rate"]),
-            "grad_norm": float(logs.get("grad_norm") or 0.0),
-            "epoch": self._spec.config.num_train_epochs * state.global_step / self._max_steps,
-            "tokens": self._tokens * args.world_size,
-            "supervised_tokens": self._supervised_tokens * args.world_size,
-            "tokens_per_second": (self._tokens - self._tokens_at_clock)
-            * args.world_size
-            / max(now - self._clock, 1e-9),
-        }
-        self._clock, self._tokens_at_clock = now, self._tokens
-        append_metrics(self._metrics, entry)
-        print(progress_line(entry), flush=True)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        """Save and stop when asked to; always save the last step."""
-        if self._stop.agree(args.device):
-            control.should_save = control.should_training_stop = True
-        if state.global_step >= self._max_steps:
-            control.should_save = True
-        return control
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Trainer calls this after everything is on disk."""
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-        if state.is_world_process_zero:
-            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The Trainer's, with one clear error where the disk is full; what was half written is deleted."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            why = str(error.__cause__ or error).partition("\n")[0]
+            shutil.rmtree(folder, ignore_errors=True)
+            free = shutil.disk_usage(folder.parent).free
+            raise TrainError(
+                f"{folder} could not be written ({why}); {free / 1e9:.1f} GB are free there. Earlier checkpoints are "
+                "as they were: make room, and the same command goes on from the newest"
+            ) from error

@@ -1,10 +1,12 @@
 """One training rank: `python -m sft_core.train.worker SPEC.json`, started by `sft_core.train.launch`.
 
 In: a `TrainSpec`. Out: Trainer checkpoints below `spec.checkpoints`, `metrics.jsonl`, progress lines on stdout. Knows
-neither Prefect nor MLflow. Exit status: 0 done; 1 a fault, named by the last line; 75 stopped by SIGTERM after saving.
+neither Prefect nor MLflow. Exit status: 0 done; 1 a fault, named by a line `fault: ...`; 75 stopped by SIGTERM, saved.
 """
 
 import ctypes
+import errno
+import json
 import math
 import os
 import signal
@@ -14,6 +16,8 @@ from typing import Any
 
 EXIT_STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: state was saved, the same command goes on from there."""
+FAULT = "fault: "
+"""Begins the line that names a user's fault; a JSON text follows."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -27,7 +31,13 @@ def main(spec_path: str) -> int:
     try:
         return run(TrainSpec.read(Path(spec_path)))
     except SftError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(FAULT + json.dumps(f"{type(error).__name__}: {error}"), flush=True)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        message = f"TrainError: {error}; make room there, and the same command goes on from the newest checkpoint"
+        print(FAULT + json.dumps(message), flush=True)
         return 1
 
 
@@ -39,11 +49,13 @@ def run(spec: Any) -> int:
     import transformers
 
     from sft_core.pack import load_packed
+    from sft_core.train.arguments import training_arguments
     from sft_core.train.checkpoints import newest_complete
-    from sft_core.train.isolation import check_isolation
     from sft_core.train.model import load_trainable
+    from sft_core.train.run_log import RunLog
     from sft_core.train.stream import PackedStream
-    from sft_core.train.trainer import PackedTrainer, RunLog, training_arguments
+    from sft_core.train.trainer import PackedTrainer
+    from sft_core.train.watch import StepWatch
 
     transformers.utils.logging.set_verbosity_error()
     config = spec.config
@@ -54,17 +66,16 @@ def run(spec: Any) -> int:
     max_steps = config.max_steps or math.ceil(stream.rows / rows_a_step)
     arguments = training_arguments(spec, max_steps)  # before the model: ZeRO-3 partitions while loading
     transformers.set_seed(spec.seed)
-    model = load_trainable(spec.base_model, config, spec.trust_remote_code)
-    if packed.packing != "none" and config.deepspeed not in ("zero3", "deepspeed_zero3"):
-        check_isolation(model, model.config.vocab_size)
+    model, notes = load_trainable(spec.base_model, config, spec.trust_remote_code)
+    if arguments.process_index == 0:
+        print("\n".join(notes), flush=True)
     stop = _StopFlag()
-    log = RunLog(spec, stream, max_steps, stop)
-    trainer = PackedTrainer(
-        model=model, args=arguments, train_dataset=stream, data_collator=log.collate, callbacks=[log]
-    )
+    log = RunLog(spec, max_steps, stop, packs=packed.packing != "none")
+    watch = StepWatch(packed, stream, Path(spec.conversations) if spec.conversations else None)
+    trainer = PackedTrainer(model, arguments, stream, watch, log)
     with arguments.main_process_first():  # it deletes torn checkpoints
         resume = newest_complete(Path(spec.checkpoints))
-    log.start(resume)
+    log.start(resume, world_size, speaks=arguments.process_index == 0)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return EXIT_STOPPED if stop.asked and trainer.state.global_step < max_steps else 0
 

@@ -97,9 +97,6 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-# --- full base ---
-
-
 @needs_xtuner
 @pytest.mark.parametrize("run", ["lora/iter_4.pth", "lora_ds2/iter_4.pth"])
 def test_xtuner_checkpoint_converted_and_merged(tmp_path: Path, run: str) -> None:

@@ -94,7 +94,7 @@ def test_few_rows_say_that_they_can_never_pass_and_how_many_are_needed() -> None
 def test_a_model_that_fails_to_win_is_told_what_would_have_been_found() -> None:
     verdict = judge(noisy(1.0, 100, seed=1), noisy(1.0, 100, seed=2), None, Terms())
     detectable = verdict.comparisons[0].detectable
-    assert f"find a gain of {detectable:.3g} four times in five" in verdict.words
+    assert f"find a gain in loss of {detectable:.3g} four times in five" in verdict.words
     found = 0
     for i in range(200):
         tuned, other = noisy(1.0 - detectable, 100, seed=2 * i), noisy(1.0, 100, seed=2 * i + 1)

@@ -1,0 +1,168 @@
+"""Merge against `cp` of the same files and against PEFT's merge_and_unload + save_pretrained, in one run.
+
+In: `--gigabytes` of a synthetic bf16 Llama-shaped base, `--r`. Out: seconds, GB/s and ratios, and the peak memory of
+the process that merged, also for a base of twice the size. Everything written is deleted.
+
+    python -m benchmarks.merge --gigabytes 1
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HIDDEN, INNER, VOCABULARY = 2048, 8192, 32_000
+LAYER = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER)  # bytes in bf16
+PARTS = {"q_proj": (HIDDEN, HIDDEN), "k_proj": (HIDDEN, HIDDEN), "v_proj": (HIDDEN, HIDDEN), "o_proj": (HIDDEN, HIDDEN)}
+MLP = {"gate_proj": (INNER, HIDDEN), "up_proj": (INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}
+
+
+def main() -> None:
+    """Print one table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--gigabytes", type=float, default=1.0)
+    parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--no-peft", action="store_true")
+    parser.add_argument("--child", nargs=4, default=None)
+    arguments = parser.parse_args()
+    if arguments.child:
+        _child(*arguments.child)
+        return
+    for factor in (1, 2):
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
+            _measure(Path(scratch), arguments.gigabytes * factor, arguments.r, factor == 1 and not arguments.no_peft)
+
+
+def _measure(scratch: Path, gigabytes: float, r: int, peft: bool) -> None:
+    base, adapter = scratch / "base", scratch / "adapter"
+    nbytes = _write(base, adapter, gigabytes, r)
+    print(
+        f"base {nbytes / 1e9:.2f} GB in bf16, r = {r} on all linear layers; "
+        f"largest tensor {INNER * HIDDEN * 4e-6:.0f} MB in fp32"
+    )
+    clock = time.perf_counter()
+    (scratch / "copy").mkdir()
+    subprocess.run(["cp", *map(str, sorted(base.glob("*.safetensors"))), str(scratch / "copy")], check=True)
+    copied = time.perf_counter() - clock
+    shutil.rmtree(scratch / "copy")
+    print(f"  cp      {copied:6.2f} s  {nbytes / copied / 1e9:5.2f} GB/s")
+    times = {}
+    for what in ("merge", "peft") if peft else ("merge",):
+        child = [
+            sys.executable,
+            "-m",
+            "benchmarks.merge",
+            "--child",
+            what,
+            str(base),
+            str(adapter),
+            str(scratch / what),
+        ]
+        answer = subprocess.run(child, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+        found = json.loads(answer)
+        times[what] = found["seconds"]
+        shutil.rmtree(scratch / what)
+        print(
+            f"  {what:7} {found['seconds']:6.2f} s  {nbytes / found['seconds'] / 1e9:5.2f} GB/s  peak RSS "
+            f"{found['peak_mb']:,.0f} MB ({found['before_mb']:,.0f} before)"
+        )
+    print(f"  merge is {copied / times['merge']:.2f} of the speed of cp")
+    if peft:
+        print(f"  merge is {times['peft'] / times['merge']:.1f} times as fast as PEFT")
+
+
+def _peak_mb() -> float:
+    """Of this program alone: getrusage counts what the parent held when it forked."""
+    status = Path("/proc/self/status").read_text("utf-8")
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1e3
+
+
+def _child(what: str, base: str, adapter: str, out: str) -> None:
+    """One merge in a process of its own, imports outside the clock."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from sft_core.merge import MergeOptions, merge_adapter
+    from sft_core.merge.choice import merge_chosen
+
+    assert merge_chosen, "imported before the clock starts"
+    before = _peak_mb()
+    clock = time.perf_counter()
+    if what == "merge":
+        merge_adapter(Path(base), Path(adapter), Path(out), MergeOptions(base="full", quantization="none"))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
+    seconds = time.perf_counter() - clock
+    print(json.dumps({"seconds": seconds, "peak_mb": _peak_mb(), "before_mb": before}))
+
+
+def _write(base: Path, adapter: Path, gigabytes: float, r: int) -> int:
+    """Random weights, one layer a shard; the same numbers in every layer, for speed of writing only."""
+    import torch
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    base.mkdir()
+    adapter.mkdir()
+    layers = max(1, round((gigabytes * 1e9 - 4 * VOCABULARY * HIDDEN) / LAYER))
+    LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        tie_word_embeddings=False,
+    ).save_pretrained(base)
+    words = {"<s>": 0, "</s>": 1}
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<s>")), bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(base)
+    modules = {f"self_attn.{name}": shape for name, shape in PARTS.items()} | {
+        f"mlp.{name}": s for name, s in MLP.items()
+    }
+    draw = torch.Generator().manual_seed(0)
+    weights = {name: (torch.randn(shape, generator=draw) * 0.02).bfloat16() for name, shape in modules.items()}
+    norm = torch.ones(HIDDEN, dtype=torch.bfloat16)
+    table = (torch.randn(VOCABULARY, HIDDEN, generator=draw) * 0.02).bfloat16()
+    shards: list[dict[str, Any]] = []
+    updates = {}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        shard = {f"{prefix}{name}.weight": tensor for name, tensor in weights.items()}
+        shard[f"{prefix}input_layernorm.weight"] = shard[f"{prefix}post_attention_layernorm.weight"] = norm
+        shards.append({name: tensor.clone() for name, tensor in shard.items()})
+        for name, (rows, columns) in modules.items():
+            updates[f"base_model.model.{prefix}{name}.lora_A.weight"] = torch.randn(r, columns, generator=draw) * 0.02
+            updates[f"base_model.model.{prefix}{name}.lora_B.weight"] = torch.randn(rows, r, generator=draw) * 0.02
+        save_file(shards[-1], base / _shard(layer, layers + 1), metadata={"format": "pt"})
+        shards[-1] = dict.fromkeys(shards[-1])
+    last = {"model.embed_tokens.weight": table, "lm_head.weight": table.clone(), "model.norm.weight": norm}
+    save_file(last, base / _shard(layers, layers + 1), metadata={"format": "pt"})
+    shards.append(dict.fromkeys(last))
+    weight_map = {name: _shard(i, layers + 1) for i, shard in enumerate(shards) for name in shard}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    save_file(updates, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "r": r, "lora_alpha": 2 * r, "target_modules": [*PARTS, *MLP], "bias": "none"}
+    config |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": "synthetic"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    os.sync()
+    return sum(path.stat().st_size for path in base.glob("*.safetensors"))
+
+
+def _shard(number: int, total: int) -> str:
+    return f"model-{number + 1:05d}-of-{total:05d}.safetensors"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""What a checkpoint holds, whatever wrote it: tensors by the trainer's names, read when they are asked for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor on disk: shape and dtype are known, `read` fetches the numbers."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedTensors:
+    """Under the trainer's own names; a tied weight may be there under both of its names."""
+
+    tensors: dict[str, Stored]
+    layout: str
+    ranks: int
+    global_steps: int | None
+    source: Path
+
+
+def stored(tensor: torch.Tensor) -> Stored:
+    """A tensor that is mapped already."""
+    return Stored(tuple(tensor.shape), tensor.dtype, lambda: tensor.detach())

@@ -1,0 +1,136 @@
+"""Held-out conversations -> what is scored: encoded as in training, with prompt, reference and tags.
+
+In: a Conversations folder, a tokenizer, the chat template. Out: `Example`s and the ledger of rows.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sft_core.errors import DataError, RowError
+from sft_core.evaluate.report import Identity
+from sft_core.fingerprint import hash_text, hash_value
+from sft_core.pack import IGNORE_INDEX, Sequence, encode_conversation, tools_of
+
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One held-out conversation, encoded."""
+
+    row_id: str
+    dataset: str
+    tags: list[str]
+    sequences: list[Sequence]
+    messages: Messages
+
+    @property
+    def encoding(self) -> str:
+        """Digest of what is scored: ids and labels."""
+        return hash_value([[s.input_ids, s.labels] for s in self.sequences])[:16]
+
+    @property
+    def answer_is_trained(self) -> bool:
+        """Whether it ends with a text of the assistant that was trained: then an answer can be generated for it."""
+        last = self.messages[-1]
+        text = last["role"] == "assistant" and last.get("weight") != 0 and not last.get("tool_calls")
+        return text and len(self.messages) > 1
+
+    @property
+    def prompt(self) -> str:
+        """What the users said, for people."""
+        return " / ".join(m["content"] or "" for m in self.messages if m["role"] == "user")
+
+    @property
+    def reference(self) -> str:
+        """The last message."""
+        return self.messages[-1]["content"] or ""
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """Everything before the last trained turn: the ids of training, so what people typed stays text here too."""
+        sequence = self.sequences[-1]
+        start = self._last_trained
+        while start > 0 and sequence.labels[start - 1] != IGNORE_INDEX:
+            start -= 1
+        return list(sequence.input_ids[:start])
+
+    @property
+    def stop_id(self) -> int:
+        """The token that ends the last trained turn."""
+        return self.sequences[-1].labels[self._last_trained]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the trained texts as UTF-8, before any template or tokenizer."""
+        trained = [m for m in self.messages if m["role"] in ("assistant", "text") and m.get("weight") != 0]
+        return sum(len(((m["content"] or "") + (m.get("tool_calls") or "")).encode()) for m in trained)
+
+    @property
+    def _last_trained(self) -> int:
+        labels = self.sequences[-1].labels
+        return max(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
+
+
+def read_examples(
+    conversations: Path, tokenizer: Any, template: str, max_length: int
+) -> tuple[list[Example], dict[str, Any]]:
+    """Every held-out conversation that can be scored, and the ledger. DataError if none can."""
+    examples: list[Example] = []
+    set_aside: Counter[str] = Counter()
+    for row in held_out_rows(conversations):
+        try:
+            sequences = encode_conversation(row["messages"], tokenizer, template, tools_of(row))
+        except RowError as error:
+            set_aside[error.reason] += 1
+            continue
+        if max((len(sequence.input_ids) for sequence in sequences), default=0) > max_length:
+            set_aside["overlong"] += 1
+        elif all(label == IGNORE_INDEX for sequence in sequences for label in sequence.labels):
+            set_aside["nothing_trained"] += 1
+        else:
+            examples.append(Example(row["row_id"], row["dataset"], tags_of(row), sequences, row["messages"]))
+    rows_in = len(examples) + set_aside.total()
+    if not examples:
+        raise DataError(
+            f"{conversations}: of {rows_in} held-out conversations none can be scored ({dict(set_aside)}); "
+            f"raise pack.max_length ({max_length}) or eval_fraction"
+        )
+    return examples, {"in": rows_in, "out": len(examples), "set_aside": dict(set_aside)}
+
+
+def held_out_rows(conversations: Path) -> Iterator[dict[str, Any]]:
+    """Rows of the held-out side, in order."""
+    import pyarrow.parquet as pq
+
+    for path in sorted((conversations / "heldout").glob("*.parquet")):
+        yield from pq.read_table(path).to_pylist()
+
+
+def tags_of(row: dict[str, Any]) -> list[str]:
+    """The row's own `tags`, if it has that column, and what its messages are.
+
+    >>> tags_of({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]})
+    ['one turn']
+    """
+    roles = [message["role"] for message in row["messages"]]
+    turns = roles.count("assistant")
+    found = {
+        "system message": "system" in roles,
+        "tools": bool(row.get("tools")) or "tool" in roles,
+        "plain text": "text" in roles,
+        "one turn": turns == 1,
+        "several turns": turns > 1,
+    }
+    return sorted({*(row.get("tags") or ()), *(tag for tag, holds in found.items() if holds)})
+
+
+def identity_of(tokenizer: Any, template: str) -> Identity:
+    """Hashes of the tokenizer's rules and of the template's text."""
+    rules = tokenizer.backend_tokenizer
+    rules.no_padding()
+    rules.no_truncation()
+    return Identity(tokenizer=hash_text(rules.to_str()), chat_template=hash_text(template))

@@ -1,0 +1,106 @@
+"""The recipe's section `train`, and `train.lora` in it. A field's docstring is its help, units first."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from sft_core.recipe.section import Fraction, Positive, Section
+
+DEEPSPEED_PRESETS = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+
+
+class LoraConfig(Section):
+    """PEFT's LoRA, under PEFT's names."""
+
+    r: Positive = 16
+    """Rank."""
+    lora_alpha: Positive = 32
+    """Scale: the update is `lora_alpha / r * B A`."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Fraction."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """`all-linear` (every linear layer but the output head and the routers of experts), or names of modules."""
+    modules_to_save: tuple[str, ...] = ()
+    """Names of modules trained whole beside the adapter, such as `embed_tokens` and `lm_head`."""
+    use_rslora: bool = False
+    """Rank-stabilised scale: `lora_alpha / sqrt(r)`."""
+    use_dora: bool = False
+    """Weight-decomposed update: direction by LoRA, length by a trained vector."""
+    init_lora_weights: bool | str = True
+    """`true` (A random, B zero), `gaussian`, or `loftq` (corrects the 4-bit rounding; for `quantization: nf4`)."""
+
+    @field_validator("init_lora_weights")
+    @classmethod
+    def _known_initialisation(cls, value: bool | str) -> bool | str:
+        if value in (True, "gaussian", "loftq"):
+            return value
+        if value is False:
+            raise ValueError("false starts from random A and B, so the first step already differs from the base; true")
+        if str(value).startswith(("pissa", "olora", "corda", "eva", "lora_ga")):
+            raise ValueError(
+                "it takes the adapter out of the base's weights, so the adapter fits a base that is kept nowhere, and "
+                "merging it into the original one would be wrong; take true, gaussian or loftq"
+            )
+        raise ValueError("it is one of true, gaussian, loftq")
+
+
+class TrainConfig(Section):
+    """Training, under HF TrainingArguments' names. Steps are optimizer steps."""
+
+    quantization: Literal["nf4", "none"] = "nf4"
+    """4-bit NormalFloat base with double quantisation (QLoRA), or the base as it is."""
+    lora: LoraConfig | None = LoraConfig()
+    """Adapter; null trains all weights."""
+    deepspeed: str | None = "zero2"
+    """`zero1`, `zero2`, `zero2_offload`, `zero3`, `zero3_offload` (also as `deepspeed_zero2`), a JSON file, or null for
+    plain Trainer checkpoints."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Compute dtype; what is trained is kept in float32 besides."""
+    num_train_epochs: Annotated[float, Field(gt=0)] = 3
+    """Epochs; each packs its rows anew."""
+    max_steps: int | None = None
+    """Optimizer steps; null for as many as the epochs need."""
+    per_device_train_batch_size: Positive = 1
+    """Packed rows a device."""
+    gradient_accumulation_steps: Positive = 16
+    """Micro-batches an optimizer step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2.0e-4
+    """Peak."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    """Schedule after the warm-up."""
+    warmup_ratio: Fraction = 0.03
+    """Fraction of all optimizer steps."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's."""
+    adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    """AdamW's second moment decay."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Norm to which gradients are clipped."""
+    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
+    """Strength of the noise on embeddings in training (NEFTune: 5 to 15); its length is that of the packed row."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, a third more work."""
+    save_steps: Positive = 500
+    """Optimizer steps between checkpoints."""
+    save_total_limit: Positive = 2
+    """Checkpoints kept while training."""
+    logging_steps: Positive = 10
+    """Optimizer steps between metric lines."""
+    num_processes: Positive | None = None
+    """Ranks on this machine; null for one a GPU, or one on CPU."""
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _one_spelling(cls, value: str | None) -> str | None:
+        short = (value or "").removeprefix("deepspeed_")
+        return short if short in DEEPSPEED_PRESETS else value
+
+    @model_validator(mode="after")
+    def _quantized_base_needs_an_adapter(self) -> "TrainConfig":
+        if self.quantization == "nf4" and self.lora is None:
+            raise ValueError("lora: null trains all weights, which a 4-bit base cannot do; set quantization: none")
+        if self.quantization == "none" and self.lora is not None and self.lora.init_lora_weights == "loftq":
+            raise ValueError(
+                "lora.init_lora_weights: loftq corrects 4-bit rounding, of which quantization: none has none"
+            )
+        return self

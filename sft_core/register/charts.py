@@ -1,0 +1,98 @@
+"""Inline SVG: a line and rows of intervals. No library, no script, no network.
+
+In: numbers. Out: `Markup`, with every text escaped.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+WIDTH, HEIGHT = 680, 220
+LEFT, BOTTOM, TOP, RIGHT = 64, 30, 10, 10
+MAX_POINTS = 600
+ROW = 26
+LABELS = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """One line of a chart: `low` to `high` around `middle`; `good` decides the colour."""
+
+    label: str
+    middle: float
+    low: float
+    high: float
+    good: bool
+
+
+def line_chart(points: Sequence[tuple[float, float]], x_label: str, y_label: str) -> Markup:
+    """A curve through (x, y). Points that are not finite are left out; of very many, every n-th is drawn."""
+    finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    if len(finite) < 2:
+        return Markup("<p>fewer than two points: no curve</p>")
+    thinned = finite[:: math.ceil(len(finite) / MAX_POINTS)]
+    drawn = thinned if thinned[-1] == finite[-1] else [*thinned, finite[-1]]
+    xs, ys = [x for x, _ in drawn], [y for _, y in drawn]
+    (x0, x1), (y0, y1) = _span(xs), _span(ys)
+    path = " ".join(
+        f"{LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT):.1f},"
+        f"{HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - BOTTOM - TOP):.1f}"
+        for x, y in drawn
+    )
+    texts = [
+        _text(LEFT, HEIGHT - 10, f"{x0:g}"),
+        _text(WIDTH - RIGHT, HEIGHT - 10, f"{x1:g}", "end"),
+        _text((LEFT + WIDTH) / 2, HEIGHT - 10, x_label, "middle"),
+        _text(LEFT - 6, HEIGHT - BOTTOM, f"{y0:.4g}", "end"),
+        _text(LEFT - 6, TOP + 10, f"{y1:.4g}", "end"),
+        _text(WIDTH - RIGHT, TOP + 10, y_label, "end"),
+    ]
+    axes = f'<path class="axis" d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>'
+    return _svg(HEIGHT, y_label, Markup(axes) + Markup(f'<polyline class="curve" points="{path}"/>') + _join(texts))
+
+
+def interval_chart(intervals: Sequence[Interval], x_label: str) -> Markup:
+    """Intervals below one another, with a line at zero."""
+    ends = [v for i in intervals for v in (i.low, i.middle, i.high) if math.isfinite(v)]
+    if not ends:
+        return Markup("<p>nothing to compare</p>")
+    low, high = _span([0.0, *ends])
+    height = ROW * len(intervals) + 40
+
+    def across(value: float) -> float:
+        inside = min(max(value, low), high)
+        return LABELS + (inside - low) / (high - low) * (WIDTH - LABELS - RIGHT)
+
+    bottom = ROW * len(intervals) + 8
+    parts = [Markup(f'<path class="zero" d="M{across(0):.1f} 4V{bottom}"/>')]
+    for number, entry in enumerate(intervals):
+        y = ROW * number + 20
+        kind = "good" if entry.good else "bad"
+        parts.append(_text(LABELS - 8, y + 4, entry.label, "end"))
+        parts.append(Markup(f'<path class="{kind}" d="M{across(entry.low):.1f} {y}H{across(entry.high):.1f}"/>'))
+        parts.append(Markup(f'<circle class="{kind}" cx="{across(entry.middle):.1f}" cy="{y}" r="4"/>'))
+    parts += [
+        _text(LABELS, height - 12, f"{low:.3g}"),
+        _text(WIDTH - RIGHT, height - 12, f"{high:.3g}", "end"),
+        _text((LABELS + WIDTH) / 2, height - 12, x_label, "middle"),
+    ]
+    return _svg(height, x_label, _join(parts))
+
+
+def _span(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _text(x: float, y: float, text: str, anchor: str = "start") -> Markup:
+    return Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(x, y, anchor, escape(text))
+
+
+def _join(parts: Sequence[Markup]) -> Markup:
+    return Markup("").join(parts)
+
+
+def _svg(height: int, title: str, inside: Markup) -> Markup:
+    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(WIDTH, height, title, inside)

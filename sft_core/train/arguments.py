@@ -1,0 +1,59 @@
+"""The recipe's `train` section as transformers' TrainingArguments."""
+
+import math
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from sft_core.train.spec import TrainSpec
+from sft_core.train.zero import deepspeed_config
+
+
+def training_arguments(spec: TrainSpec, max_steps: int) -> TrainingArguments:
+    """Made before the model: with it, ZeRO-3 is known while weights are loaded."""
+    config = spec.config
+    cuda = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=spec.checkpoints,
+        max_steps=max_steps,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        average_tokens_across_devices=True,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler_type,
+        warmup_steps=math.ceil(config.warmup_ratio * max_steps),
+        weight_decay=config.weight_decay,
+        adam_beta2=config.adam_beta2,
+        max_grad_norm=config.max_grad_norm,
+        optim="adamw_torch",
+        bf16=config.dtype == "bfloat16",
+        fp16=config.dtype == "float16",
+        neftune_noise_alpha=config.neftune_noise_alpha,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        deepspeed=_without_pinning(deepspeed_config(config)) if not cuda else deepspeed_config(config),
+        use_cpu=not cuda,
+        seed=spec.seed,
+        data_seed=spec.seed,
+        save_strategy="steps",
+        save_steps=min(config.save_steps, max_steps),
+        save_total_limit=None,  # RunLog deletes old checkpoints, once the new one is marked complete
+        logging_steps=config.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=cuda,
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def _without_pinning(config: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Pinned memory is a GPU's."""
+    for section in (config or {}).get("zero_optimization", {}).values():
+        if isinstance(section, dict) and "pin_memory" in section:
+            section["pin_memory"] = False
+    return config

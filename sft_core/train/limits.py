@@ -1,0 +1,29 @@
+"""What cannot be trained is refused before anything is loaded; what is costly is said.
+
+In: the section `train`, and where they are known the number of ranks and whether there is a GPU. Out: notes for a
+person; RecipeError with the reason.
+"""
+
+from sft_core.errors import RecipeError
+from sft_core.recipe import TrainConfig
+from sft_core.train.zero import deepspeed_config, zero_stage
+
+
+def check_training(train: TrainConfig, num_processes: int | None = None, cuda: bool | None = None) -> list[str]:
+    """Notes on what is costly. RecipeError for what cannot work."""
+    stage = zero_stage(deepspeed_config(train))
+    if train.lora is not None and train.lora.use_dora and stage == 3:
+        raise RecipeError(
+            f"train.lora.use_dora with deepspeed {train.deepspeed}: under ZeRO-3 PEFT's DoRA trains to other weights "
+            "than without it; take zero2, or use_dora: false"
+        )
+    if cuda is False and train.dtype == "float16":
+        raise RecipeError("train.dtype float16: needs a GPU (its loss scaling has no CPU form); take bfloat16")
+    if cuda is False and train.lora is not None and train.lora.init_lora_weights == "loftq":
+        raise RecipeError("train.lora.init_lora_weights loftq: PEFT computes it on a GPU only; take true or gaussian")
+    if stage == 3 and train.quantization == "nf4":
+        return [
+            f"note: deepspeed {train.deepspeed} with quantization nf4: each of the {num_processes or 'several'} ranks "
+            "first loads the whole 4-bit base, then it is partitioned"
+        ]
+    return []

@@ -1,0 +1,181 @@
+"""Loss over supervised tokens only: no logits of prompts, padding or last tokens ever exist.
+
+In: a causal LM (bare, with PEFT, or wrapped by DeepSpeed or DDP) and a batch with `labels`. Out: the same scalar as the
+model's own forward, cross-entropy summed over supervised tokens and divided by `num_items_in_batch`.
+
+Two ways, both through the model's own forward, so that wrappers, scaled or capped logits and a router's auxiliary loss
+stay what they are:
+
+- `selected`: transformers' `logits_to_keep` takes a boolean mask, `shift_labels` the targets beside it.
+- `chunked`: the head is left out of the forward and applied to a few rows at a time, each chunk's gradient taken at
+  once, so at most `CHUNK_BYTES` of float32 logits live. On CUDA, liger-kernel's fused kernel does it where installed.
+  It needs a frozen head, and a model that changes nothing behind it, or scales only.
+
+A model that computes its loss otherwise keeps its `own` way. `choose_loss` tries it out on the real model.
+
+Sources: Liger Kernel, arXiv 2410.10989, section 3.2; transformers' `slice_logits_to_keep` and `ForCausalLMLoss`.
+"""
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch.nn.functional import cross_entropy, pad
+
+from sft_core.pack import IGNORE_INDEX
+
+LossWay = Literal["chunked", "selected", "own"]
+CHUNK_BYTES = 256 * 2**20
+"""Float32 logits of one chunk: 524 rows of a vocabulary of 128,256."""
+CHUNK_FROM_VOCABULARY = 16_384
+"""Below it the logits of supervised tokens are small beside the activations, and one product is quickest."""
+PROBE_LENGTH = 8
+PROBE_TOLERANCE = 1e-2
+"""Difference of losses over their size: bf16 rounding lies below."""
+
+
+def supervised_loss(
+    model: Any, batch: Mapping[str, torch.Tensor], num_items_in_batch: torch.Tensor | int | None, way: LossWay
+) -> torch.Tensor:
+    """Scalar loss of `batch`; `labels` is (batch, length) with IGNORE_INDEX where nothing is trained.
+
+    `num_items_in_batch`: supervised tokens of the whole optimizer step; None for the mean over this batch.
+    """
+    inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
+    labels = batch["labels"]
+    if way == "own":
+        return model(**inputs, labels=labels, num_items_in_batch=num_items_in_batch, use_cache=False).loss
+    targets = pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]  # (batch, length): the token after each
+    keep = targets != IGNORE_INDEX
+    chosen = targets[keep]  # (supervised,)
+    inputs |= {"labels": chosen, "shift_labels": chosen, "logits_to_keep": keep, "use_cache": False}
+    if way == "selected":
+        return model(**inputs, num_items_in_batch=num_items_in_batch).loss
+    with _head_left_out(causal_lm(model)):
+        return model(**inputs, num_items_in_batch=num_items_in_batch).loss
+
+
+def choose_loss(model: Any) -> tuple[LossWay, str]:
+    """The quickest way that gives `model`'s own loss, tried out on a few tokens, and why, in words for the log."""
+    inner = causal_lm(model)
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return "own", "ZeRO-3 holds the weights in parts, so nothing can be tried out"
+    head = inner.get_output_embeddings()
+    vocabulary = inner.config.get_text_config().vocab_size
+    batch = _probe_batch(vocabulary, inner.get_input_embeddings().weight.device)
+    if not _gives_own_loss(model, batch, "selected"):
+        return "own", f"{type(inner).__name__} computes its loss in a way of its own"
+    if vocabulary < CHUNK_FROM_VOCABULARY:
+        return "selected", f"a vocabulary of {vocabulary} is small"
+    if any(parameter.requires_grad for parameter in head.parameters()):
+        return "selected", "the output head is trained"
+    if _caps_logits(inner) or not _gives_own_loss(model, batch, "chunked"):
+        return "selected", "the model changes its logits after the head"
+    return "chunked", f"a vocabulary of {vocabulary}"
+
+
+def causal_lm(model: Any) -> Any:
+    """The transformers model inside DeepSpeed's, DDP's and PEFT's wrappers."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _probe_batch(vocabulary: int, device: torch.device) -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, vocabulary, (1, PROBE_LENGTH), generator=torch.Generator().manual_seed(0)).to(device)
+    labels = ids.clone()
+    labels[:, : PROBE_LENGTH // 2] = IGNORE_INDEX
+    return {"input_ids": ids, "labels": labels}
+
+
+@torch.no_grad()
+def _gives_own_loss(model: Any, batch: Mapping[str, torch.Tensor], way: LossWay) -> bool:
+    training = model.training
+    model.eval()  # no dropout between the two
+    try:
+        own = float(supervised_loss(model, batch, None, "own"))
+        return abs(float(supervised_loss(model, batch, None, way)) - own) <= PROBE_TOLERANCE * own
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError):  # a forward of another form
+        return False
+    finally:
+        model.train(training)
+
+
+def _caps_logits(inner: Any) -> bool:
+    """By a hyperbolic tangent (Gemma 2), which a probe with small logits would not show."""
+    return getattr(inner.config.get_text_config(), "final_logit_softcapping", None) is not None
+
+
+@contextmanager
+def _head_left_out(inner: Any) -> Iterator[None]:
+    """Within, the head passes hidden states on, and the loss function applies it in chunks."""
+    head = inner.get_output_embeddings()
+    apply_head = head.forward
+
+    def loss_function(
+        logits: torch.Tensor, labels: Any, vocab_size: int, num_items_in_batch: Any = None, **kwargs: Any
+    ) -> torch.Tensor:
+        targets = kwargs["shift_labels"]
+        if logits.is_cuda and len(targets) and _has_liger() and type(head) is torch.nn.Linear:
+            total = _liger_sum(logits, head, targets)
+        else:
+            rows = max(1, CHUNK_BYTES // (4 * vocab_size))
+            total = _ChunkedSum.apply(logits, targets, apply_head, rows)  # type: ignore[no-untyped-call]
+        return total / (len(targets) if num_items_in_batch is None else num_items_in_batch)
+
+    with _replaced(head, "forward", lambda hidden: hidden), _replaced(inner, "_loss_function", loss_function):
+        yield
+
+
+class _ChunkedSum(torch.autograd.Function):
+    """Sum of cross-entropy over rows; the gradient of the hidden states is ready when the sum is."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Any, rows: int) -> torch.Tensor:
+        """`hidden` (n, hidden_size), `targets` (n,); `head` a frozen map to (n, vocab_size)."""
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden)
+        for start in range(0, len(hidden), rows):
+            part = hidden[start : start + rows].detach().requires_grad_()
+            with torch.enable_grad():
+                loss = cross_entropy(head(part).float(), targets[start : start + rows], reduction="sum")
+                (gradient[start : start + rows],) = torch.autograd.grad(loss, part)
+            total += loss.detach()
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        """The gradient at hand times the loss's."""
+        (gradient,) = ctx.saved_tensors
+        return (gradient.float() * grad_outputs[0]).to(gradient.dtype), None, None, None
+
+
+def _liger_sum(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor) -> torch.Tensor:
+    from liger_kernel.transformers.functional import (  # type: ignore[import-not-found]
+        liger_fused_linear_cross_entropy,
+    )
+
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else head.weight.dtype
+    bias = None if head.bias is None else head.bias.to(dtype)
+    return liger_fused_linear_cross_entropy(hidden.to(dtype), head.weight.to(dtype), targets, bias, reduction="sum")
+
+
+def _has_liger() -> bool:
+    return importlib.util.find_spec("liger_kernel") is not None
+
+
+@contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """An instance attribute of `module` for a while; the class's own comes back by deleting it."""
+    before = module.__dict__.get(name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(module, name)
+        else:
+            setattr(module, name, before)

@@ -1,0 +1,80 @@
+"""What is seen and kept of a run: `metrics.jsonl`, progress lines, the marks of checkpoints, the stop on SIGTERM."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from sft_core.train.checkpoints import check_world_size, keep_newest, mark_complete, step_of
+from sft_core.train.isolation import check_isolation
+from sft_core.train.metrics import append_metrics, progress_line, rewind_metrics
+from sft_core.train.spec import TrainSpec
+
+
+class RunLog(TrainerCallback):
+    """Rank 0 writes; every rank listens for the stop. `trainer` is set by the Trainer that is logged."""
+
+    trainer: Any
+
+    def __init__(self, spec: TrainSpec, max_steps: int, stop: Any, packs: bool) -> None:
+        self._spec, self._max_steps, self._stop, self._packs = spec, max_steps, stop, packs
+        self._metrics = Path(spec.metrics)
+        self._clock = time.monotonic()
+        self._tokens_at_clock = 0
+
+    def start(self, resumed_from: Path | None, world_size: int, speaks: bool) -> None:
+        """Go on counting where `resumed_from` ended, and forget log lines of steps that will be done again."""
+        if resumed_from is not None:
+            self.trainer.counts = check_world_size(resumed_from, world_size)
+        self._tokens_at_clock = self.trainer.counts.tokens
+        if speaks:
+            if resumed_from is not None:
+                print(f"resuming from {resumed_from.name} of {self._max_steps} optimizer steps", flush=True)
+            rewind_metrics(self._metrics, step_of(resumed_from) if resumed_from else 0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Prove that packed documents do not see each other, on the model as it will be trained."""
+        if self._packs:
+            check_isolation(model, model.config.get_text_config().vocab_size)
+        self._clock = time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """One metrics line and one progress line a logged step."""
+        if logs is None or "loss" not in logs or not state.is_world_process_zero:
+            return
+        now, counts = time.monotonic(), self.trainer.counts
+        entry = {
+            "time": int(time.time() * 1000),
+            "optimizer_step": state.global_step,
+            "max_steps": self._max_steps,
+            "loss": float(logs["loss"]),
+            "learning_rate": float(logs["learning_rate"]),
+            "grad_norm": float(logs.get("grad_norm") or 0.0),
+            "epoch": self._spec.config.num_train_epochs * state.global_step / self._max_steps,
+            "tokens": counts.tokens,
+            "supervised_tokens": counts.supervised_tokens,
+            "skipped_steps": counts.skipped_steps,
+            "tokens_per_second": (counts.tokens - self._tokens_at_clock) / max(now - self._clock, 1e-9),
+        }
+        self._clock, self._tokens_at_clock = now, counts.tokens
+        append_metrics(self._metrics, entry)
+        print(progress_line(entry), flush=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        """Save and stop when asked to; always save the last step."""
+        if self._stop.agree(args.device):
+            control.should_save = control.should_training_stop = True
+        if state.global_step >= self._max_steps:
+            control.should_save = True
+        return control
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Trainer calls this after every rank's files are written; only now may an older checkpoint go."""
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir)
+            mark_complete(folder / f"checkpoint-{state.global_step}", args.world_size, self.trainer.counts)
+            keep_newest(folder, self._spec.config.save_total_limit)

@@ -1,0 +1,147 @@
+"""Whatever trains the same rows the same way trains the same weights: every step's loss and the weights at the end."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments, get_cosine_schedule_with_warmup
+
+from sft_core.recipe import TrainConfig
+from sft_core.train.arguments import training_arguments
+from sft_core.train.metrics import read_metrics
+from sft_core.train.spec import TrainSpec
+from tests.sft_core.train_runs import assert_same_run, config, losses, make_packed, train, weights
+
+SAME = {
+    "micro-batches": config(per_device_train_batch_size=4, gradient_accumulation_steps=1),
+    "two ranks": config(num_processes=2, gradient_accumulation_steps=2),
+    "checkpointing": config(gradient_checkpointing=True),
+    "zero1": config(deepspeed="zero1"),
+    "zero2": config(deepspeed="deepspeed_zero2"),
+    "zero3": config(deepspeed="zero3"),
+    "two ranks, zero2": config(num_processes=2, gradient_accumulation_steps=2, deepspeed="zero2"),
+    "two ranks, zero3": config(num_processes=2, gradient_accumulation_steps=2, deepspeed="zero3"),
+    "zero2_offload": config(deepspeed="zero2_offload"),
+    "zero3_offload": config(deepspeed="zero3_offload"),
+}
+FULL = config(lora=None, max_steps=3)
+
+
+@pytest.fixture(scope="module")
+def packed(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, write_conversations: Callable[..., Path]
+) -> Path:
+    return make_packed(tmp_path_factory.mktemp("data"), tiny_model, write_conversations)
+
+
+@pytest.fixture(scope="module")
+def plain(packed: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that all others must equal: one rank, no DeepSpeed, micro-batches of one row."""
+    return train(packed, tiny_model, tmp_path_factory.mktemp("plain"), config())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAME)
+def test_a_split_of_the_same_work_trains_the_same(
+    name: str, plain: Path, packed: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    assert_same_run(train(packed, tiny_model, tmp_path, SAME[name]), plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deepspeed", ["zero2", "zero3"])
+def test_full_fine_tuning_trains_the_same_under_zero(
+    deepspeed: str, packed: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    expected = train(packed, tiny_model, tmp_path / "plain", FULL)
+    found = train(packed, tiny_model, tmp_path / "zero", FULL.model_copy(update={"deepspeed": deepspeed}))
+    assert "lm_head.weight" in weights(found)
+    assert_same_run(found, expected)
+
+
+@pytest.mark.slow
+def test_packed_rows_train_as_their_conversations_alone(
+    packed: Path, tiny_model: Path, write_conversations: Callable[..., Path], tmp_path: Path
+) -> None:
+    """One optimizer step over all 40 conversations: packed several to a row, or each in a row of its own."""
+    alone = make_packed(tmp_path, tiny_model, write_conversations, packing="none")
+    section = config(num_train_epochs=3, max_steps=None, gradient_accumulation_steps=40, per_device_train_batch_size=1)
+    rows = {}
+    for name, folder, accumulation in (("packed", packed, rows_an_epoch(packed)), ("alone", alone, 40)):
+        whole_epochs = section.model_copy(update={"gradient_accumulation_steps": accumulation})
+        rows[name] = train(folder, tiny_model, tmp_path / name, whole_epochs)
+    assert rows_an_epoch(packed) < 40 == rows_an_epoch(alone)
+    assert len(losses(rows["packed"])) == 3
+    assert_same_run(rows["packed"], rows["alone"])
+
+
+def rows_an_epoch(packed: Path) -> int:
+    """Packed rows of the first epoch."""
+    from sft_core.pack import load_packed
+
+    return len(load_packed(packed).bins(0))
+
+
+@pytest.mark.slow
+def test_the_learning_rate_is_transformers_cosine_schedule(plain: Path) -> None:
+    found = [entry["learning_rate"] for entry in read_metrics(plain / "metrics.jsonl")]
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-2)
+    schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=2, num_training_steps=5)
+    expected = []
+    for _ in range(5):
+        expected.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(("ratio", "steps", "expected"), [(0.03, 100, 3), (0.03, 101, 4), (0.0, 7, 0), (1.0, 7, 7)])
+def test_warm_up_is_rounded_up_as_the_trainer_does(ratio: float, steps: int, expected: int, tmp_path: Path) -> None:
+    arguments = training_arguments(spec_of(config(warmup_ratio=ratio), tmp_path), steps)
+    assert arguments.get_warmup_steps(steps) == expected
+    if 0 < ratio < 1:  # what the Trainer itself makes of a fraction
+        assert TrainingArguments(warmup_steps=ratio, output_dir=str(tmp_path)).get_warmup_steps(steps) == expected
+
+
+def test_biases_and_norms_do_not_decay(tmp_path: Path) -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+    )
+    arguments = training_arguments(spec_of(config(weight_decay=0.1, lora=None), tmp_path), 10)
+    optimizer = Trainer(model=model, args=arguments).create_optimizer()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = {group["weight_decay"]: {names[id(p)] for p in group["params"]} for group in optimizer.param_groups}
+    layer = "model.layers.0."
+    assert groups[0.0] == {
+        f"{layer}input_layernorm.weight",
+        f"{layer}post_attention_layernorm.weight",
+        "model.norm.weight",
+        f"{layer}self_attn.q_proj.bias",
+        f"{layer}self_attn.k_proj.bias",
+        f"{layer}self_attn.v_proj.bias",
+    }
+    assert "model.embed_tokens.weight" in groups[0.1]
+    assert len(groups[0.0]) + len(groups[0.1]) == len(names)
+
+
+def spec_of(section: TrainConfig, folder: Path) -> TrainSpec:
+    """A spec of which only the section counts."""
+    return TrainSpec(
+        packed="",
+        base_model="",
+        trust_remote_code=False,
+        train=section.model_dump(mode="json"),
+        seed=1,
+        checkpoints=str(folder),
+        metrics="",
+    )

@@ -1,0 +1,212 @@
+"""The loss over supervised tokens equals the model's own: value and gradients, across architectures and wrappers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+
+from sft_core.pack import IGNORE_INDEX as NO
+from sft_core.pack import Sequence
+from sft_core.pack.collate import collate
+from sft_core.train import loss as loss_module
+from sft_core.train.loss import LossWay, causal_lm, choose_loss, supervised_loss
+
+VOCABULARY = 131
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {},
+    "gemma2": {"final_logit_softcapping": 0.5},
+    "gemma3_text": {},
+    "mixtral": {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5},
+    "granite": {"logits_scaling": 4.0},
+    "cohere": {"logit_scale": 0.25},
+}
+CHUNKABLE = [name for name in ARCHITECTURES if name != "gemma2"]
+"""Gemma 2 caps its logits behind the head."""
+
+
+def tiny(kind: str, **more: Any) -> Any:
+    """Random model of an architecture, fp32, with a head far from zero so that scaling and capping show."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **(SMALL | ARCHITECTURES[kind] | more))
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.5)
+    return model.float()
+
+
+def with_lora(model: Any) -> Any:
+    """LoRA with B away from zero, on all linear layers of attention."""
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, config)
+
+
+def sequence_of(length: int, prompt: int, seed: int) -> Sequence:
+    ids = torch.randint(3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Sequence(ids, [NO] * prompt + ids[prompt:])
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """Two packed rows, the second padded: 17 + 9 and 12 tokens, 20 of them supervised."""
+    return collate([[sequence_of(17, 6, 1), sequence_of(9, 5, 2)], [sequence_of(12, 7, 3)]], 0)
+
+
+def loss_and_gradients(model: Any, way: LossWay, count: int | None) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad(set_to_none=True)
+    items = None if count is None else torch.tensor(count)
+    loss = supervised_loss(model, batch(), items, way)
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("count", [None, 50])
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [*((kind, "selected") for kind in ARCHITECTURES), *((kind, "chunked") for kind in CHUNKABLE)],
+)
+def test_loss_and_gradients_are_the_models_own(
+    kind: str, way: LossWay, count: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * VOCABULARY * 7)  # 7 rows a chunk: the last one is short
+    model = with_lora(tiny(kind))
+    own, own_gradients = loss_and_gradients(model, "own", count)
+    found, gradients = loss_and_gradients(model, way, count)
+    assert found == pytest.approx(own, rel=1e-5)
+    assert own_gradients.keys() == gradients.keys()
+    assert len(gradients) == 8  # layers, modules, A and B
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, own_gradients[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("way", ["selected", "chunked"])
+def test_the_head_sees_supervised_rows_only(way: LossWay, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * VOCABULARY * 7)
+    model = tiny("llama")
+    model.requires_grad_(False)
+    seen: list[int] = []
+    apply_head = model.lm_head.forward
+    monkeypatch.setattr(model.lm_head, "forward", lambda hidden: (seen.append(len(hidden)), apply_head(hidden))[1])
+    supervised_loss(model, batch(), None, way)
+    assert seen == ([20] if way == "selected" else [7, 7, 6])
+
+
+@pytest.mark.parametrize("way", ["selected", "chunked"])
+def test_a_batch_of_padding_gives_zero_and_zero_gradients(way: LossWay) -> None:
+    model = with_lora(tiny("llama"))
+    loss = supervised_loss(model, collate([[]], 0), torch.tensor(9), way)
+    loss.backward()
+    assert loss.item() == 0
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert gradients
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_whole_again_afterwards(fails: bool) -> None:
+    model = tiny("llama")
+    model.requires_grad_(False)
+    before = model(**batch(), use_cache=False)
+    if fails:
+        with pytest.raises(ValueError, match="exactly one of input_ids"):
+            supervised_loss(model, batch() | {"input_ids": None}, None, "chunked")
+    else:
+        supervised_loss(model, batch(), None, "chunked")
+    after = model(**batch(), use_cache=False)
+    assert after.logits.shape == (2, 26, VOCABULARY)
+    assert torch.equal(after.logits, before.logits)
+    assert after.loss == before.loss
+
+
+@pytest.mark.parametrize(
+    ("kind", "vocabulary", "trained_head", "expected"),
+    [
+        ("llama", VOCABULARY, False, "selected"),
+        ("llama", 20_000, False, "chunked"),
+        ("llama", 20_000, True, "selected"),
+        ("granite", 20_000, False, "chunked"),
+        ("gemma2", 20_000, False, "selected"),
+    ],
+)
+def test_the_way_is_chosen_by_vocabulary_head_and_what_follows_it(
+    kind: str, vocabulary: int, trained_head: bool, expected: str
+) -> None:
+    model = with_lora(tiny(kind, vocab_size=vocabulary))
+    causal_lm(model).get_output_embeddings().requires_grad_(trained_head)
+    model.train()
+    way, reason = choose_loss(model)
+    assert (way, bool(reason)) == (expected, True)
+    assert model.training
+
+
+def test_a_model_that_scores_its_labels_otherwise_keeps_its_own_way() -> None:
+    class Weighted(transformers.LlamaForCausalLM):
+        """Twice the usual loss, whatever function it is given."""
+
+        def forward(self, *args: Any, labels: Any = None, shift_labels: Any = None, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            if labels is not None and labels.dim() == 2:
+                output.loss = 2 * self.loss_function(output.logits, labels, self.vocab_size)
+            elif labels is not None:
+                output.loss = self.loss_function(output.logits, labels, self.vocab_size, shift_labels=shift_labels)
+            return output
+
+    assert choose_loss(Weighted(tiny("llama").config))[0] == "own"
+
+
+@pytest.mark.slow
+def test_steps_under_zero2_are_the_same() -> None:
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, __file__]  # a process group of its own
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250.0, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    own, selected, chunked = json.loads(run.stdout.splitlines()[-1])
+    assert own[0] > own[-1]
+    assert selected == pytest.approx(own, rel=1e-5)
+    assert chunked == pytest.approx(own, rel=1e-5)
+
+
+def zero2_losses(way: LossWay) -> list[float]:
+    """Losses of three steps of SGD through DeepSpeed's engine."""
+    import deepspeed
+
+    model = with_lora(tiny("llama"))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    config = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 1}
+    config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(trained, lr=1.0), config=config)
+    losses = []
+    for _ in range(3):
+        loss = supervised_loss(engine, batch(), torch.tensor(20), way)
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+if __name__ == "__main__":
+    from sft_core.train.launch import training_environment
+    from sft_core.train.worker import _avoid_compiled_ops
+
+    os.environ.update(training_environment(os.environ, 1))
+    _avoid_compiled_ops(torch.cuda.is_available())
+    print(json.dumps([zero2_losses(way) for way in ("own", "selected", "chunked")]))

@@ -1,0 +1,173 @@
+"""A run that was killed, torn or cut short ends with the bytes of one that was not."""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from sft_core.errors import TrainError
+from sft_core.train.checkpoints import COMPLETE, Counts, keep_newest, mark_complete, newest_complete, read_mark
+from sft_core.train.metrics import read_metrics
+from tests.sft_core.train_runs import child_of, config, losses, make_packed, train, weights_hash
+
+LAST = 30
+"""Optimizer steps; five kills use up fewer."""
+CONFIG = config(
+    lora={"lora_dropout": 0.1},
+    max_steps=LAST,
+    num_train_epochs=LAST,
+    gradient_accumulation_steps=2,
+    save_steps=1,
+    save_total_limit=2,
+)
+"""With dropout, so that the random numbers have to go on where they were, too."""
+LONGEST_DELAY = 0.2
+"""Seconds from a progress line to the kill: about two optimizer steps and their checkpoints."""
+METHODS = {
+    "plain": CONFIG,
+    "zero3": CONFIG.model_copy(update={"deepspeed": "zero3"}),
+    "whole model": config(lora=None, max_steps=6, gradient_accumulation_steps=2, save_steps=1),
+}
+
+
+@pytest.fixture(scope="module")
+def packed(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, write_conversations: Callable[..., Path]
+) -> Path:
+    return make_packed(tmp_path_factory.mktemp("data"), tiny_model, write_conversations)
+
+
+@pytest.fixture(scope="module")
+def straight(packed: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `work` and `out` of an uninterrupted run of CONFIG."""
+    folder = tmp_path_factory.mktemp("straight")
+    train(packed, tiny_model, folder, CONFIG)
+    return folder
+
+
+def kill_once(packed: Path, model: Path, folder: Path, section: object, draw: random.Random) -> None:
+    """Start the run and kill -9 its process a random while after a random line of progress."""
+    lines, delay = draw.randint(1, 2), draw.uniform(0, LONGEST_DELAY)
+    seen: list[str] = []
+
+    def kill(line: str) -> None:
+        seen.append(line)
+        if len(seen) == lines:
+            time.sleep(delay)
+            os.kill(child_of(os.getpid()), signal.SIGKILL)
+
+    with pytest.raises(TrainError, match="ended with status -9"):
+        train(packed, model, folder, section, kill)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.timeout(600))])
+def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(
+    kills: int, straight: Path, packed: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    draw = random.Random(kills)
+    for _ in range(kills):
+        kill_once(packed, tiny_model, tmp_path, CONFIG, draw)
+    out = train(packed, tiny_model, tmp_path, CONFIG)
+    assert weights_hash(out) == weights_hash(straight / "out")
+    assert losses(out) == losses(straight / "out")
+    counted = [read_metrics(folder / "metrics.jsonl")[-1]["supervised_tokens"] for folder in (out, straight / "out")]
+    assert counted[0] == counted[1] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["zero3", "whole model"])
+def test_other_methods_resume_to_the_same_bytes(method: str, packed: Path, tiny_model: Path, tmp_path: Path) -> None:
+    section = METHODS[method]
+    expected = train(packed, tiny_model, tmp_path / "straight", section)
+    kill_once(packed, tiny_model, tmp_path / "killed", section, random.Random(3))
+    found = train(packed, tiny_model, tmp_path / "killed", section)
+    assert weights_hash(found) == weights_hash(expected)
+    assert losses(found) == losses(expected)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_torn_at_any_file_leaves_the_one_before(straight: Path, tmp_path: Path) -> None:
+    work = straight / "work"
+    assert newest_complete(work) == work / f"checkpoint-{LAST}"
+    files = [path.relative_to(work) for path in (work / f"checkpoint-{LAST}").rglob("*") if path.is_file()]
+    assert {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", COMPLETE} <= {path.name for path in files}
+    draw = random.Random(0)
+    for number, name in enumerate(files):
+        size = (work / name).stat().st_size
+        for cut in {0, size - 1, draw.randrange(size)} if size else set():
+            copy = tmp_path / f"{number}-{cut}"
+            shutil.copytree(work, copy)
+            os.truncate(copy / name, cut)
+            assert newest_complete(copy) == copy / f"checkpoint-{LAST - 1}", f"{name} cut at {cut} of {size}"
+            shutil.rmtree(copy)
+        shutil.copytree(work, tmp_path / "missing")
+        (tmp_path / "missing" / name).unlink()
+        assert newest_complete(tmp_path / "missing") == tmp_path / "missing" / f"checkpoint-{LAST - 1}"
+        shutil.rmtree(tmp_path / "missing")
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks_is_refused_before_anything_starts(
+    straight: Path, packed: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(straight / "work", tmp_path / "work")
+    (tmp_path / "work" / "train.log").unlink()
+    two = CONFIG.model_copy(update={"num_processes": 2})
+    with pytest.raises(TrainError, match=r"written by 1 ranks, this run has 2: .* Set train.num_processes: 1"):
+        train(packed, tiny_model, tmp_path, two)
+    assert not (tmp_path / "work" / "train.log").exists()
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """Files of this process and its children end at 64 kB, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_with_one_error_and_keeps_the_last_checkpoint(
+    straight: Path, packed: Path, tiny_model: Path, tmp_path: Path, small_files: None
+) -> None:
+    shutil.rmtree(tmp_path / "work", ignore_errors=True)
+    for name in (f"checkpoint-{LAST - 1}", "metrics.jsonl"):
+        source = straight / "work" / name
+        link(source, tmp_path / "work" / name)
+    with pytest.raises(TrainError, match=rf"checkpoint-{LAST} could not be written \(.*Earlier checkpoints") as fault:
+        train(packed, tiny_model, tmp_path, CONFIG)
+    assert "Traceback" not in str(fault.value)
+    assert newest_complete(tmp_path / "work") == tmp_path / "work" / f"checkpoint-{LAST - 1}"
+    assert not (tmp_path / "work" / f"checkpoint-{LAST}").exists()
+
+
+def link(source: Path, target: Path) -> None:
+    """The same files under another name: nothing can be written under the limit."""
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=os.link)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
+
+
+def test_torn_checkpoints_are_deleted_and_the_newest_whole_one_is_taken(tmp_path: Path) -> None:
+    for step, whole in ((3, True), (10, True), (12, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "weights").write_bytes(b"1234")
+        if whole:
+            mark_complete(tmp_path / f"checkpoint-{step}", 2, Counts(tokens=step))
+    assert newest_complete(tmp_path) == tmp_path / "checkpoint-10"
+    assert not (tmp_path / "checkpoint-12").exists()
+    mark = read_mark(tmp_path / "checkpoint-10")
+    assert mark is not None
+    assert (mark.world_size, mark.counts, mark.files) == (2, Counts(tokens=10), {"weights": 4})
+    keep_newest(tmp_path, 1)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-10"]
