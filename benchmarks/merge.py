@@ -1,7 +1,8 @@
-"""Merge against `cp` of the same files and against PEFT's merge_and_unload + save_pretrained, in one run.
+"""Merge against `cp` of the same files and against PEFT's merge_and_unload + save_pretrained, turn by turn in one run.
 
-In: `--gigabytes` of a synthetic bf16 Llama-shaped base, `--r`. Out: seconds, GB/s and ratios, and the peak memory of
-the process that merged, also for a base of twice the size. Everything written is deleted.
+In: `--gigabytes` of a synthetic bf16 Llama-shaped base, `--r`, `--rounds`. Out: seconds, GB/s and ratios (medians of
+the rounds), CPU seconds, the load, and the peak memory of the process that merged, also for a base of twice the size.
+Everything written is deleted.
 
     python -m benchmarks.merge --gigabytes 1
 """
@@ -10,6 +11,8 @@ import argparse
 import json
 import os
 import shutil
+import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,6 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--no-peft", action="store_true")
     parser.add_argument("--child", nargs=4, default=None)
@@ -37,45 +41,47 @@ def main() -> None:
         return
     for factor in (1, 2):
         with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
-            _measure(Path(scratch), arguments.gigabytes * factor, arguments.r, factor == 1 and not arguments.no_peft)
+            rivals = ("cp", "merge") if factor == 2 or arguments.no_peft else ("cp", "merge", "peft")
+            _measure(Path(scratch), arguments.gigabytes * factor, arguments.r, arguments.rounds, rivals)
 
 
-def _measure(scratch: Path, gigabytes: float, r: int, peft: bool) -> None:
+def _measure(scratch: Path, gigabytes: float, r: int, rounds: int, rivals: tuple[str, ...]) -> None:
     base, adapter = scratch / "base", scratch / "adapter"
     nbytes = _write(base, adapter, gigabytes, r)
-    print(
-        f"base {nbytes / 1e9:.2f} GB in bf16, r = {r} on all linear layers; "
-        f"largest tensor {INNER * HIDDEN * 4e-6:.0f} MB in fp32"
-    )
-    clock = time.perf_counter()
-    (scratch / "copy").mkdir()
-    subprocess.run(["cp", *map(str, sorted(base.glob("*.safetensors"))), str(scratch / "copy")], check=True)
-    copied = time.perf_counter() - clock
-    shutil.rmtree(scratch / "copy")
-    print(f"  cp      {copied:6.2f} s  {nbytes / copied / 1e9:5.2f} GB/s")
-    times = {}
-    for what in ("merge", "peft") if peft else ("merge",):
-        child = [
-            sys.executable,
-            "-m",
-            "benchmarks.merge",
-            "--child",
-            what,
-            str(base),
-            str(adapter),
-            str(scratch / what),
-        ]
-        answer = subprocess.run(child, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-        found = json.loads(answer)
-        times[what] = found["seconds"]
-        shutil.rmtree(scratch / what)
-        print(
-            f"  {what:7} {found['seconds']:6.2f} s  {nbytes / found['seconds'] / 1e9:5.2f} GB/s  peak RSS "
-            f"{found['peak_mb']:,.0f} MB ({found['before_mb']:,.0f} before)"
+    print(f"base {nbytes / 1e9:.2f} GB in bf16, r = {r} on all linear layers; load {os.getloadavg()[0]:.1f}")
+    largest = max(VOCABULARY * HIDDEN, INNER * HIDDEN) * 4e-6
+    print(f"  largest tensor in fp32 {largest:,.0f} MB; of the merged ones {INNER * HIDDEN * 4e-6:,.0f} MB")
+    found: dict[str, list[dict[str, float]]] = {rival: [] for rival in rivals}
+    for _ in range(rounds):
+        for rival in rivals:
+            found[rival].append(_copy(base, scratch / rival) if rival == "cp" else _run(rival, base, adapter, scratch))
+            shutil.rmtree(scratch / rival)
+    for rival, results in found.items():
+        seconds, cpu = (statistics.median(result[key] for result in results) for key in ("seconds", "cpu"))
+        peak = max(result.get("peak_mb", 0) for result in results)
+        memory = f"  peak RSS {peak:,.0f} MB ({results[0]['before_mb']:,.0f} before)" if peak else ""
+        print(f"  {rival:6} {seconds:6.2f} s, {cpu:6.2f} s of CPU  {nbytes / seconds / 1e9:5.2f} GB/s{memory}")
+    for rival in rivals[::2]:
+        ratio = statistics.median(
+            other["seconds"] / ours["seconds"] for other, ours in zip(found[rival], found["merge"], strict=True)
         )
-    print(f"  merge is {copied / times['merge']:.2f} of the speed of cp")
-    if peft:
-        print(f"  merge is {times['peft'] / times['merge']:.1f} times as fast as PEFT")
+        print(f"  merge is {ratio:.2f} times as fast as {rival}")
+
+
+def _copy(base: Path, out: Path) -> dict[str, float]:
+    out.mkdir()
+    clock, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(["cp", *map(str, sorted(base.glob("*.safetensors"))), str(out)], check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": time.perf_counter() - clock, "cpu": cpu}
+
+
+def _run(what: str, base: Path, adapter: Path, scratch: Path) -> dict[str, float]:
+    child = ["-m", "benchmarks.merge", "--child", what, str(base), str(adapter), str(scratch / what)]
+    answer = subprocess.run([sys.executable, *child], check=True, capture_output=True, text=True).stdout
+    result: dict[str, float] = json.loads(answer.splitlines()[-1])
+    return result
 
 
 def _peak_mb() -> float:
@@ -88,21 +94,21 @@ def _child(what: str, base: str, adapter: str, out: str) -> None:
     """One merge in a process of its own, imports outside the clock."""
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     from sft_core.merge import MergeOptions, merge_adapter
     from sft_core.merge.choice import merge_chosen
 
-    assert merge_chosen, "imported before the clock starts"
+    assert all((merge_chosen, LlamaForCausalLM, AutoTokenizer)), "imported before the clock starts"
     before = _peak_mb()
-    clock = time.perf_counter()
+    clock, cpu = time.perf_counter(), time.process_time()
     if what == "merge":
         merge_adapter(Path(base), Path(adapter), Path(out), MergeOptions(base="full", quantization="none"))
     else:
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
         PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
-    seconds = time.perf_counter() - clock
-    print(json.dumps({"seconds": seconds, "peak_mb": _peak_mb(), "before_mb": before}))
+    times = {"seconds": time.perf_counter() - clock, "cpu": time.process_time() - cpu}
+    print(json.dumps({**times, "peak_mb": _peak_mb(), "before_mb": before}))
 
 
 def _write(base: Path, adapter: Path, gigabytes: float, r: int) -> int:

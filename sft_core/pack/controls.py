@@ -46,12 +46,12 @@ class Controls:
         return {cloaked: plain for plain, cloaked in self._cloaked.items()}
 
     def typed_in(self, value: object) -> bool:
-        """Whether a special token's string occurs in any text of `value` (a message, or a part of one)."""
+        """Whether a special token's string occurs in any text of `value`, keys of mappings included."""
         if isinstance(value, str):
             return self.pattern.search(value) is not None
         if isinstance(value, dict):
-            return any(self.typed_in(part) for part in value.values())
-        return isinstance(value, list) and any(map(self.typed_in, value))
+            return any(map(self.typed_in, value)) or any(map(self.typed_in, value.values()))
+        return isinstance(value, list | tuple) and any(map(self.typed_in, value))
 
     def cloak(self, value: Any) -> Any:
         """`value` with every special token's string in it cloaked."""

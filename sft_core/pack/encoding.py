@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft_core.errors import DataError
-from sft_core.pack.controls import Controls, controls_of
-from sft_core.pack.places import ByBytes, ByOffsets, Places, byte_lengths
-from sft_core.pack.rendering import Rendering, TrainedSpan, render_conversation
+from sft_core.pack.controls import controls_of
+from sft_core.pack.places import ByBytes, ByOffsets, Numbers, byte_lengths, bytes_before
+from sft_core.pack.rendering import Rendering, render_conversation
 
 IGNORE_INDEX = -100
 """Label of a token that is read but not trained; PyTorch's and HF's own."""
@@ -92,42 +92,71 @@ def tokenize(renderings: SequenceOf[Rendering], tokenizer: Any) -> list[Any]:
 def label_tokens(renderings: SequenceOf[Rendering], encodings: SequenceOf[Any], tokenizer: Any) -> Encoded:
     """Ids and labels of what `tokenize` made of `renderings`."""
     controls = controls_of(tokenizer)
-    bos = tokenizer.bos_token_id  # looked up once: HF's attributes are slow
-    pairs = list(zip(renderings, encodings, strict=True))
+    pairs = zip(renderings, encodings, strict=True)
     texts = [controls.ids_of_cloaked(encoding) if r.typed else encoding.ids for r, encoding in pairs]
     starts = np.zeros(len(texts) + 1, np.int64)
     np.cumsum([len(ids) for ids in texts], out=starts[1:])
     ids = np.fromiter(chain.from_iterable(texts), np.int32, count=starts[-1])
-    labels = np.full(len(ids), IGNORE_INDEX, np.int32)
-    lengths = byte_lengths(tokenizer)
-    borders = None if lengths is None else np.concatenate([[0], np.cumsum(lengths[ids])])
-    for number, (rendering, encoding) in enumerate(pairs):
-        start, end = starts[number : number + 2].tolist()
-        if bos is not None and texts[number][:2] == [bos] * 2:
-            raise DataError(
-                f"{tokenizer.name_or_path}: a sequence starts with {tokenizer.bos_token!r} twice; "
-                "drop bos_token from the chat template, or the tokenizer's own habit of adding it"
-            )
-        places: Places = ByOffsets(encoding)
-        if borders is not None and not rendering.typed:
-            places = _places(rendering.text, borders[start : end + 1], tokenizer)
+    _refuse_two_bos(texts, tokenizer)
+    owners, firsts, lasts = _trained_tokens(renderings, encodings, ids, starts, tokenizer).T
+    firsts = np.maximum(firsts, starts[owners] + 1)  # what comes first is never trained: nothing predicts it
+    held = firsts < lasts
+    edges = np.zeros(len(ids) + 1, np.int32)  # their running sum is above 0 inside of spans
+    np.add.at(edges, firsts[held], 1)
+    np.add.at(edges, lasts[held], -1)
+    return Encoded(ids, np.where(np.cumsum(edges[:-1]) > 0, ids, np.int32(IGNORE_INDEX)), starts)
+
+
+def _refuse_two_bos(texts: SequenceOf[list[int]], tokenizer: Any) -> None:
+    bos = tokenizer.bos_token_id
+    if bos is not None and any(ids[:2] == [bos, bos] for ids in texts):
+        raise DataError(
+            f"{tokenizer.name_or_path}: a sequence starts with {tokenizer.bos_token!r} twice; "
+            "drop bos_token from the chat template, or the tokenizer's own habit of adding it"
+        )
+
+
+def _trained_tokens(
+    renderings: SequenceOf[Rendering],
+    encodings: SequenceOf[Any],
+    ids: NDArray[np.int32],
+    starts: NDArray[np.int64],
+    tokenizer: Any,
+) -> Numbers:
+    """Whose it is, first token and the one past the last of every trained span, as rows; tokens count over all texts.
+
+    A token is trained if it holds a character of a span. A control token that only reaches into it is not:
+    `<|assistant|>` of Phi-3 takes the white space after it along.
+    """
+    lengths, special = byte_lengths(tokenizer), controls_of(tokenizer).id_set
+    counted = None if lengths is None else ByBytes.of([r.text for r in renderings], ids, starts, lengths)
+    by_bytes: list[tuple[int, int, int]] = []
+    found: list[tuple[int, int, int]] = []
+    for number, (rendering, encoding) in enumerate(zip(renderings, encodings, strict=True)):
+        if counted is not None and not rendering.typed:
+            if counted.fits[number]:
+                text, zero = rendering.text, counted.zeros[number]
+                for span in rendering.spans:
+                    by_bytes.append(
+                        (number, zero + bytes_before(text, span.start), zero + bytes_before(text, span.end))
+                    )
+                continue
+            encoding = tokenizer.backend_tokenizer.encode(rendering.text, add_special_tokens=False)  # with offsets
+        places, zero = ByOffsets(encoding), int(starts[number])
         for span in rendering.spans:
-            first, last = _trained_tokens(texts[number], places, span, controls)
-            first = max(first, 1)  # what comes first is never trained: nothing predicts it
-            labels[start + first : start + last] = ids[start + first : start + last]
-    return Encoded(ids, labels, starts)
-
-
-def _places(text: str, borders: NDArray[np.int64], tokenizer: Any) -> Places:
-    by_bytes = ByBytes(text, borders)
-    if by_bytes.fits():
-        return by_bytes
-    return ByOffsets(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False))
-
-
-def _trained_tokens(ids: list[int], places: Places, span: TrainedSpan, controls: Controls) -> tuple[int, int]:
-    """A token is trained if it holds a character of a span. A control token that only reaches into it is not."""
-    first, last = places.span(span.start, span.end)
-    while first < last and ids[first] in controls.id_set and places.begins_before(first, span.start):
-        first += 1  # `<|assistant|>` of Phi-3 takes the white space after it along
-    return first, last
+            first, last = places.span(span.start, span.end)
+            while first < last and int(ids[zero + first]) in special and places.begins_before(first, span.start):
+                first += 1
+            found.append((number, zero + first, zero + last))
+    rows = [np.array(found, np.int64).reshape(-1, 3)]
+    if counted is not None and by_bytes:
+        owners, begins, ends = np.array(by_bytes, np.int64).T
+        firsts, lasts = counted.spans(begins, ends)
+        reaching = np.arange(len(owners))
+        while len(reaching):
+            at = firsts[reaching]
+            into = (at < lasts[reaching]) & (counted.borders[at] < begins[reaching])
+            reaching = reaching[into & np.isin(ids.take(at, mode="clip"), list(special))]
+            firsts[reaching] += 1
+        rows.append(np.stack([owners, firsts, lasts], axis=1))
+    return np.concatenate(rows)

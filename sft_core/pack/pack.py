@@ -1,104 +1,167 @@
 """The pack step: conversations to tokenised shards and a bin index.
 
-In: `train/part-*.parquet` (row_id, messages, dataset, file, row_number). Out: `sequences/part-*.parquet`,
-`bins.parquet` (epoch 0), `tokenizer/`, `quarantine/part-00000.jsonl`. Shards stream: memory holds one batch of rows,
-and the lengths of all sequences.
+In: `train/part-*.parquet` (row_id, messages, file, row_number), with `shards.json` where normalize wrote them. Out:
+`sequences/part-*.parquet`, `refused/part-*.jsonl` (rows set aside, shard by shard), `shards.json`, `bins.parquet`
+(epoch 0), `tokenizer/`, `quarantine/part-00000.jsonl` (the same rows, with their place in the source).
+
+A shard's key is the hash of its conversations, the tokenizer as saved, and what of the recipe decides tokens: packing,
+seed and weights do not. Memory holds a few shards, and the lengths of all sequences.
 """
 
 import json
 from dataclasses import asdict
+from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sft_core.artifacts import Outcome
-from sft_core.errors import DataError, ModelError
+from sft_core.errors import DataError
+from sft_core.fingerprint import hash_file, hash_folder, hash_value
 from sft_core.pack.chat_templates import load_chat_template
-from sft_core.pack.packed import BINS, SEQUENCES, SETTINGS_KEY, TOKENIZER, PackedSettings
-from sft_core.pack.packing import Lengths, epoch_rows
-from sft_core.pack.shards import COMPRESSION, TOKENS, Packing, encode_shard
+from sft_core.pack.overlap import map_overlapped
+from sft_core.pack.packed import BINS, SETTINGS_KEY, TOKENIZER, PackedSettings, lengths_of, read_weights
+from sft_core.pack.packing import copies, epoch_rows
+from sft_core.pack.proof import prove_rows
+from sft_core.pack.shards import COMPRESSION, ORIGIN, REFUSED_FILES, SEQUENCE_FILES, TOKENS, ShardTask, encode_shard
+from sft_core.pack.tally import Tally
+from sft_core.pack.tokenizer import SavedTokenizer, TokenizerSource, load_saved_tokenizer, load_tokenizer, pad_with_eos
 from sft_core.recipe import PackConfig
+from sft_core.shard_rows import locate, read_shard
+from sft_core.shards import Sharding, ShardJob, ShardWriter, build_shards, read_shard_list
+
+STEP_VERSION = 3
+"""Raised when the step's output changes for the same input."""
+TRAIN_FILES = "train/*.parquet"
+QUARANTINE = "quarantine/part-00000.jsonl"
 
 
 def pack_dataset(
     conversations: Path,
-    tokenizer: Path | str,
+    tokenizer: Path | str | TokenizerSource,
     config: PackConfig,
     seed: int,
     out: Path,
-    trust_remote_code: bool = False,
+    sharding: Sharding = Sharding(),  # noqa: B008 - frozen
 ) -> Outcome:
     """Encode the training side of `conversations` and pack epoch 0. DataError if nothing is left to train on."""
-    loaded = _load_tokenizer(tokenizer, trust_remote_code)
+    source = tokenizer if isinstance(tokenizer, TokenizerSource) else TokenizerSource(tokenizer)
+    loaded = load_tokenizer(source)
     template = load_chat_template(config.chat_template, loaded)
     padded_with_eos = loaded.pad_token_id is None
     if padded_with_eos:
-        _pad_with_eos(loaded, tokenizer)
+        pad_with_eos(loaded, source)
     loaded.chat_template = template
     loaded.save_pretrained(out / TOKENIZER)
-    saved = _load_tokenizer(out / TOKENIZER, trust_remote_code)
-    shards = sorted((conversations / "train").glob("part-*.parquet"))
-    if not shards:
-        raise DataError(f"{conversations / 'train'}: no part-*.parquet; the normalize step writes them")
-    for folder in (SEQUENCES, "quarantine"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-    with (out / "quarantine" / "part-00000.jsonl").open("w", encoding="utf-8") as quarantine:
-        packing = Packing(loaded, saved, template, config, quarantine)
-        for shard in shards:
-            encode_shard(packing, shard, out / SEQUENCES / shard.name)
-    tally = packing.tally
-    if not tally.lengths:
+    saved = SavedTokenizer(out / TOKENIZER, hash_value(hash_folder(out / TOKENIZER)), source.trust_remote_code)
+    jobs = _jobs(conversations, saved, template, config)
+    writer = ShardWriter(out, sharding.earlier)
+    missing = [job.argument for job in jobs if not writer.holds(job.key)]
+    if missing:
+        rows = chain.from_iterable(read_shard(task.path, task.place) for task in missing)
+        prove_rows(rows, loaded, load_saved_tokenizer(saved), template)
+    build_shards(jobs, encode_shard, writer, map_overlapped if sharding.mapper is map else sharding.mapper)
+    writer.close()
+    _write_quarantine(out, writer)
+    tally = Tally.sum(shard.facts for shard in writer.shards)
+    if not tally.kept[0]:
         raise DataError(
             f"{conversations}: nothing is left to train on: {tally.reasons()}; max_length is {config.max_length}"
         )
     settings = PackedSettings(config.max_length, config.packing, seed, loaded.pad_token_id)
-    rows = _write_bins(tally.lengths, settings, out / BINS)
-    facts = {
-        "sequences": len(tally.lengths),
-        "tokens": sum(tally.lengths),
-        "supervised_tokens": tally.supervised,
-        "packed_rows": rows,
-        "fill": round(sum(tally.lengths) / (rows * config.max_length), 6),
-        "longest": max(tally.lengths),
-        "split_sequences": tally.split,
-        "special_token_text_rows": tally.typed_rows,
-        "chat_template": config.chat_template or "the tokenizer's own",
+    epoch = _write_bins(out, settings)
+    named = {"chat_template": config.chat_template or "the tokenizer's own", "max_length": config.max_length}
+    pad = {"pad_token": loaded.pad_token, "pad_token_is_eos": padded_with_eos}
+    return Outcome(ledger=tally.ledger(), facts={**_figures(tally), **epoch, **named, **pad})
+
+
+def _jobs(conversations: Path, saved: SavedTokenizer, template: str, config: PackConfig) -> list[ShardJob]:
+    """A job for every shard of the training side."""
+    listed = [shard for shard in read_shard_list(conversations) if TRAIN_FILES in shard.files]
+    found = [(s.path(conversations, TRAIN_FILES), s.files[TRAIN_FILES].sha256, s.place) for s in listed]
+    if not found:  # another tool's: a shard is a file, and its rows name their origin
+        paths = sorted((conversations / "train").glob("part-*.parquet"))
+        found = [(path, hash_file(path), {}) for path in paths]
+    if not found:
+        raise DataError(f"{conversations / 'train'}: no part-*.parquet; the normalize step writes them")
+    encoding = {
         "max_length": config.max_length,
-        "pad_token": loaded.pad_token,
-        "pad_token_is_eos": padded_with_eos,
+        "overlong": config.overlong,
+        "tokenizer": saved.content,
+        "trust_remote_code": saved.trust_remote_code,
+        "chat_template": template,
+        "tokenizers": version("tokenizers"),
+        "version": STEP_VERSION,
     }
-    return Outcome(ledger=tally.ledger(), facts=facts)
-
-
-def _load_tokenizer(folder: Path | str, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer  # imports torch
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: no tokenizer can be loaded: {str(error).splitlines()[0]}") from None
-
-
-def _pad_with_eos(tokenizer: Any, folder: Path | str) -> None:
-    """Fill rows with eos where there is no pad token: padding is untrained and apart, so any token of the vocabulary
-    serves, and the vocabulary is never resized."""
-    if tokenizer.eos_token is None:
-        raise ModelError(
-            f"{folder}: the tokenizer has neither a pad nor an eos token; set one in tokenizer_config.json"
+    return [
+        ShardJob(
+            key=hash_value({**encoding, "conversations": sha256}),
+            argument=ShardTask(
+                path=path,
+                place=place,
+                tokenizer=saved.path,
+                tokenizer_hash=saved.content,
+                trust_remote_code=saved.trust_remote_code,
+                chat_template=template,
+                max_length=config.max_length,
+                overlong=config.overlong,
+            ),
+            place=place,
         )
-    tokenizer.pad_token = tokenizer.eos_token
+        for path, sha256, place in found
+    ]
 
 
-def _write_bins(lengths: Lengths, settings: PackedSettings, path: Path) -> int:
-    """Write epoch 0's bins with the settings beside them; how many there are."""
-    rows = epoch_rows(lengths, settings.max_length, settings.packing, settings.seed, epoch=0)
+def _write_quarantine(out: Path, writer: ShardWriter) -> None:
+    """The rows that were set aside in any shard, with their place in the source."""
+    target = out / QUARANTINE
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("w", encoding="utf-8", newline="\n") as file:
+        for shard in writer.shards:
+            if REFUSED_FILES not in shard.files:
+                continue
+            with shard.path(out, REFUSED_FILES).open(encoding="utf-8", newline="\n") as refused:
+                for line in refused:
+                    row = locate(json.loads(line), shard.place)
+                    origin = {key: row.pop(key) for key in ORIGIN if key in row}
+                    file.write(json.dumps({**origin, **row}, ensure_ascii=False) + "\n")
+
+
+def _write_bins(out: Path, settings: PackedSettings) -> dict[str, Any]:
+    """Write epoch 0's bins with the settings beside them; figures of that epoch."""
+    shards = sorted(out.glob(SEQUENCE_FILES))
+    lengths = np.concatenate([lengths_of(pq.read_table(shard, columns=["input_ids"])) for shard in shards])
+    weights, limit = read_weights(out), settings.max_length
+    rows = epoch_rows(lengths, limit, settings.packing, settings.seed, 0, weights)
     cuts = {} if rows.first is None else {"first": rows.first, "last": rows.last}
     columns = {"bin": rows.members} | cuts
     offsets = pa.array(rows.offsets, pa.int32())
     lists = [pa.ListArray.from_arrays(offsets, pa.array(values, pa.int32())) for values in columns.values()]
     metadata = {SETTINGS_KEY: json.dumps(asdict(settings))}
     schema = pa.schema([(name, TOKENS) for name in columns], metadata=metadata)
-    pq.write_table(pa.table(lists, schema=schema), path, compression=COMPRESSION)
-    return len(rows.offsets) - 1
+    pq.write_table(pa.table(lists, schema=schema), out / BINS, compression=COMPRESSION)
+    numbers = copies(weights, settings.seed, epoch=0)
+    tokens = int((numbers * lengths).sum())
+    packed_rows = len(rows.offsets) - 1
+    return {
+        "epoch_sequences": int(numbers.sum()),
+        "epoch_tokens": tokens,
+        "packed_rows": packed_rows,
+        "fill": round(tokens / (packed_rows * limit), 6),
+        "longest": int(lengths.max()),
+    }
+
+
+def _figures(tally: Tally) -> dict[str, int]:
+    sequences, tokens, supervised = tally.kept
+    return {
+        "sequences": sequences,
+        "tokens": tokens,
+        "supervised_tokens": supervised,
+        "split_sequences": tally.split,
+        "special_token_text_rows": tally.typed_rows,
+    }

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from sft_core.errors import StoreError
 from sft_core.pack.encoding import Sequence
 from sft_core.pack.packing import Piece, epoch_bins
+from sft_core.shards import read_shard_list
 
 BINS = "bins.parquet"
 SEQUENCES = "sequences"
@@ -47,6 +48,8 @@ class PackedDataset:
     """pyarrow.Table with the columns row_id, input_ids, labels."""
     chunk_starts: tuple[int, ...]
     """Number of the first sequence of each of the table's chunks."""
+    weights: NDArray[np.float64]
+    """Of each sequence's data set: how often it stands in an epoch, on average."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -80,7 +83,9 @@ class PackedDataset:
     def bins(self, epoch: int) -> list[list[Any]]:
         """What `sequence` takes, packed row by packed row, of an epoch: numbers, and with `concat` also `Piece`s."""
         settings = self.settings
-        return epoch_bins(self.lengths, settings.max_length, settings.packing, settings.seed, epoch)
+        return epoch_bins(
+            self.lengths, settings.max_length, settings.packing, settings.seed, epoch, weights=self.weights
+        )
 
     def _list(self, column: str, index: int) -> list[int]:
         chunk = bisect_right(self.chunk_starts, index) - 1
@@ -100,10 +105,23 @@ def load_packed(packed: Path, cache: Path | None = None) -> PackedDataset:
     metadata = pq.read_schema(packed / BINS).metadata or {}
     settings = PackedSettings(**json.loads(metadata[SETTINGS_KEY]))
     table = _map_table(shards, cache) if cache else pa.concat_tables([pq.read_table(shard) for shard in shards])
+    lengths = lengths_of(table)
+    starts = tuple(np.cumsum([0, *map(len, table.column("input_ids").chunks)]).tolist())[:-1]
+    return PackedDataset(lengths, packed / TOKENIZER, settings, table, starts, read_weights(packed))
+
+
+def lengths_of(table: Any) -> NDArray[np.int64]:
+    """Tokens of each sequence of a table."""
     sizes = [pa.compute.list_value_length(chunk).to_numpy() for chunk in table.column("input_ids").chunks]
-    lengths = np.concatenate([np.zeros(0, np.int64), *sizes]).astype(np.int64)
-    starts = tuple(np.cumsum([0, *map(len, sizes)]).tolist())[:-1]
-    return PackedDataset(lengths, packed / TOKENIZER, settings, table, starts)
+    return np.concatenate([np.zeros(0, np.int64), *sizes]).astype(np.int64)
+
+
+def read_weights(packed: Path) -> NDArray[np.float64]:
+    """Weight of each sequence: that of its shard's data set."""
+    places = {shard.name: shard.place for shard in read_shard_list(packed)}
+    shards = sorted((packed / SEQUENCES).glob("part-*.parquet"))
+    weights = [places.get(shard.stem, {}).get("weight", 1.0) for shard in shards]
+    return np.repeat(np.array(weights, np.float64), [pq.read_metadata(shard).num_rows for shard in shards])
 
 
 def _map_table(shards: list[Path], cache: Path) -> Any:

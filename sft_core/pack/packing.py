@@ -1,11 +1,13 @@
 """Which sequences share a row of at most `max_length` tokens.
 
-In: lengths. Out: bins, lists of indices; every index once, no sequence cut. Best-fit decreasing (Johnson 1974): longest
-first, each into the fullest bin that still has room. Open bins are kept by the room left, with a bitmap over rooms, so
-a placement costs the same whatever the number of bins. A million lengths take about a second on one core.
+In: lengths, and weights above 1. Out: bins, lists of indices; every index once, or as often as its weight has it, and
+no sequence cut. How they share rows is in `best_fit.py`. A million lengths take about a second on one core.
 
 `concat` is XTuner's way: shuffled sequences end to end, cut every `max_length` tokens. The last row is shorter. Nothing
 is lost but the prediction of the first token after a cut, which has nothing before it.
+
+A sequence of weight 2.4 stands twice in every epoch, and once more in two of five: in which ones is drawn from the seed
+for each sequence (systematic sampling, Madow 1949), so over E epochs it stands within 1 of 2.4 E times.
 """
 
 from collections.abc import Sequence
@@ -16,11 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft_core.errors import DataError
+from sft_core.pack.best_fit import share_rows
 
-WORD_BITS = 1024
 PACKINGS = ("best_fit", "concat", "none")
 Lengths = Sequence[int] | NDArray[Any]
+Weights = Sequence[float] | NDArray[Any]
 Numbers = NDArray[np.int64]
+COPIES = 2**32 - 1
+"""Where an epoch stands in the seed of an epoch's draws: of those that hold for all epochs."""
 
 
 class Piece(NamedTuple):
@@ -44,24 +49,37 @@ class PackedRowsIndex:
 
 
 def pack_lengths(lengths: Lengths, max_length: int) -> list[list[int]]:
-    """Best-fit bins; equal lengths in order of index. DataError for a length outside 1..max_length.
+    """Bins of whole sequences; equal lengths in order of index. DataError for a length outside 1..max_length.
 
     >>> pack_lengths([5, 3, 9, 2], max_length=10)
     [[2], [0, 1, 3]]
     """
     sizes = _checked(lengths, max_length)
     order = np.argsort(-sizes, kind="stable")
-    bins = _best_fit(sizes[order], max_length)
+    bins = share_rows(sizes[order], max_length)
     return _lists(order[np.argsort(bins, kind="stable")], _offsets(bins))
 
 
-def epoch_bins(lengths: Lengths, max_length: int, packing: str, seed: int, epoch: int) -> list[list[Any]]:
+def copies(weights: Weights, seed: int, epoch: int) -> Numbers:
+    """How often each sequence stands in an epoch: its weight rounded down, or one more; below 1 counts as 1."""
+    floors = np.maximum(np.floor(weights), 1)
+    parts = np.maximum(np.asarray(weights, np.float64) - floors, 0)
+    if not parts.any():
+        return floors.astype(np.int64)
+    offsets = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, COPIES]))).random(len(parts))
+    more = np.floor(offsets + parts * (epoch + 1)) - np.floor(offsets + parts * epoch)
+    return (floors + more).astype(np.int64)
+
+
+def epoch_bins(
+    lengths: Lengths, max_length: int, packing: str, seed: int, epoch: int, weights: Weights | None = None
+) -> list[list[Any]]:
     """Bins of one epoch, lists of indices; a sequence that `concat` cut is there as `Piece`s.
 
     >>> epoch_bins([3, 3, 2], 4, "concat", seed=0, epoch=0)
     [[2, Piece(number=0, first=0, last=2)], [Piece(number=0, first=2, last=3), 1]]
     """
-    rows = epoch_rows(lengths, max_length, packing, seed, epoch)
+    rows = epoch_rows(lengths, max_length, packing, seed, epoch, weights)
     if rows.first is None or rows.last is None:
         return _lists(rows.members, rows.offsets)
     whole = rows.last - rows.first == np.asarray(lengths)[rows.members]
@@ -71,23 +89,32 @@ def epoch_bins(lengths: Lengths, max_length: int, packing: str, seed: int, epoch
     return [items[start:end] for start, end in zip(borders, borders[1:], strict=False)]
 
 
-def epoch_rows(lengths: Lengths, max_length: int, packing: str, seed: int, epoch: int) -> PackedRowsIndex:
-    """Rows of one epoch. (seed, epoch) decides who shares a row among equals, the order in rows, and that of rows."""
+def epoch_rows(
+    lengths: Lengths, max_length: int, packing: str, seed: int, epoch: int, weights: Weights | None = None
+) -> PackedRowsIndex:
+    """Rows of one epoch. (seed, epoch) decides who shares a row among equals, the order in rows, and that of rows.
+
+    A sequence with a weight of 2 or more is as many members; `weights` None is 1 for all.
+    """
     if packing not in PACKINGS:
         raise DataError(f"packing {packing!r}: it is one of {', '.join(PACKINGS)}")
     sizes = _checked(lengths, max_length)
+    numbers = np.arange(len(sizes))
+    if weights is not None:
+        numbers = np.repeat(numbers, copies(weights, seed, epoch))
+        sizes = sizes[numbers]
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
     shuffled = generator.permutation(len(sizes))
     if packing == "none":
-        return PackedRowsIndex(np.arange(len(sizes) + 1), shuffled)
+        return PackedRowsIndex(np.arange(len(sizes) + 1), numbers[shuffled])
     if packing == "concat":
-        return _concat(sizes[shuffled], shuffled, max_length)
+        return _concat(sizes[shuffled], numbers[shuffled], max_length)
     order = shuffled[np.argsort(-sizes[shuffled], kind="stable")]
-    bins = _best_fit(sizes[order], max_length)
+    bins = share_rows(sizes[order], max_length)
     rank = generator.permutation(len(sizes))
     place = np.argsort(generator.permutation(int(bins.max(initial=-1)) + 1))  # where each bin comes in the epoch
     placed = place[bins]
-    return PackedRowsIndex(_offsets(placed), order[np.lexsort((rank[order], placed))])
+    return PackedRowsIndex(_offsets(placed), numbers[order[np.lexsort((rank[order], placed))]])
 
 
 def _concat(sizes: Numbers, indices: Numbers, max_length: int) -> PackedRowsIndex:
@@ -120,65 +147,3 @@ def _checked(lengths: Lengths, max_length: int) -> Numbers:
             f"({len(wrong)} such sequences); raise pack.max_length or leave them out"
         )
     return sizes
-
-
-def _best_fit(sizes: Numbers, max_length: int) -> Numbers:
-    """Number of each sequence's bin. `sizes` fall; equal ones are placed as many at a time as the chosen bin takes."""
-    bins = np.empty(len(sizes), np.int64)
-    opened = 0
-    open_bins: list[list[int]] = [[] for _ in range(max_length + 1)]  # by room left; the newest is taken first
-    rooms = _Bitmap(max_length + 1)
-    distinct, counts = np.unique(-sizes, return_counts=True)
-    start = 0
-    for size, same in zip((-distinct).tolist(), counts.tolist(), strict=True):
-        end = start + same
-        while start < end:
-            room = rooms.first_from(size)
-            if room < 0:
-                room, chosen = max_length, opened
-                opened += 1
-            else:
-                chosen = open_bins[room].pop()
-                if not open_bins[room]:
-                    rooms.clear(room)
-            count = min(room // size, end - start)
-            bins[start : start + count] = chosen
-            start += count
-            left = room - count * size
-            if left:
-                if not open_bins[left]:
-                    rooms.set(left)
-                open_bins[left].append(chosen)
-    return bins
-
-
-class _Bitmap:
-    """A set of small numbers that finds its least member not below a bound: words of bits, and a bit a word on top."""
-
-    def __init__(self, size: int) -> None:
-        self._words = [0] * (size // WORD_BITS + 1)
-        self._filled = 0
-
-    def set(self, number: int) -> None:
-        word, bit = divmod(number, WORD_BITS)
-        self._words[word] |= 1 << bit
-        self._filled |= 1 << word
-
-    def clear(self, number: int) -> None:
-        word, bit = divmod(number, WORD_BITS)
-        self._words[word] &= ~(1 << bit)
-        if not self._words[word]:
-            self._filled &= ~(1 << word)
-
-    def first_from(self, bound: int) -> int:
-        """Least member >= bound, or -1."""
-        word, bit = divmod(bound, WORD_BITS)
-        bits = self._words[word] >> bit
-        if bits:
-            return bound + (bits & -bits).bit_length() - 1
-        words = self._filled >> (word + 1)
-        if not words:
-            return -1
-        word += (words & -words).bit_length()
-        bits = self._words[word]
-        return word * WORD_BITS + (bits & -bits).bit_length() - 1

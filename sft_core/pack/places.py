@@ -9,24 +9,15 @@ tokenizer: `ByOffsets`.
 
 import json
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-
-class Places(Protocol):
-    """Places of the tokens of one text."""
-
-    def span(self, start: int, end: int) -> tuple[int, int]:
-        """First token and the one past the last that hold a character from `start` to `end`."""
-        ...
-
-    def begins_before(self, token: int, start: int) -> bool:
-        """Whether `token` begins before character `start`."""
-        ...
+Numbers = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,27 +47,32 @@ class ByOffsets:
 
 @dataclass(frozen=True, slots=True)
 class ByBytes:
-    """Places by counting bytes. `borders`: where each token begins, and where the last ends, from any zero."""
+    """Places in texts whose tokens are laid end to end, counted in bytes, for all texts at once."""
 
-    text: str
     borders: NDArray[np.int64]
+    """Where each token begins, and where the last ends."""
+    fits: list[bool]
+    """Whether the tokens of each text are as long as it: not if the tokenizer dropped or added anything."""
+    zeros: list[int]
+    """Where each text begins."""
 
-    def fits(self) -> bool:
-        """Whether the tokens are as long as the text: not if the tokenizer dropped or added anything."""
-        return int(self.borders[-1] - self.borders[0]) == self._byte(len(self.text))
+    @classmethod
+    def of(cls, texts: Sequence[str], ids: Numbers, starts: Numbers, lengths: Numbers) -> "ByBytes":
+        """`ids[starts[i] : starts[i + 1]]` are the tokens of text i, `lengths` the bytes of a token by its id."""
+        borders = np.concatenate([[0], np.cumsum(lengths[ids])]).astype(np.int64)
+        zeros = borders[starts]
+        sizes = np.fromiter((bytes_before(text, len(text)) for text in texts), np.int64, len(texts))
+        return cls(borders, (np.diff(zeros) == sizes).tolist(), zeros[:-1].tolist())
 
-    def span(self, start: int, end: int) -> tuple[int, int]:
-        """First token and the one past the last that hold a character from `start` to `end`."""
-        zero = self.borders[0]
-        first = np.searchsorted(self.borders[1:], zero + self._byte(start), side="right")
-        return int(first), int(np.searchsorted(self.borders[:-1], zero + self._byte(end), side="left"))
+    def spans(self, starts: Numbers, ends: Numbers) -> tuple[Numbers, Numbers]:
+        """First tokens and the ones past the last that hold any byte from `starts` to `ends`."""
+        first = np.searchsorted(self.borders[1:], starts, side="right")
+        return first, np.searchsorted(self.borders[:-1], ends, side="left")
 
-    def begins_before(self, token: int, start: int) -> bool:
-        """Whether `token` begins before character `start`."""
-        return bool(self.borders[token] - self.borders[0] < self._byte(start))
 
-    def _byte(self, character: int) -> int:
-        return character if self.text.isascii() else len(self.text[:character].encode("utf-8", "surrogatepass"))
+def bytes_before(text: str, character: int) -> int:
+    """Bytes of UTF-8 before a character."""
+    return character if text.isascii() else len(text[:character].encode("utf-8", "surrogatepass"))
 
 
 @lru_cache(maxsize=8)

@@ -1,19 +1,38 @@
 """Proof on the first conversations, before anything is trained: what is trained is what will be served.
 
-In: conversations as rendered and encoded, and the tokenizer as saved. Out: nothing, or a DataError that names the row:
-an answer whose end token is not trained (the model would never stop), or ids that the saved tokenizer with its chat
-template does not reproduce. Two BOS in a row are refused by the encoding itself.
+In: conversations, the tokenizer as it came, and the tokenizer as saved. Out: nothing, or a DataError that names the
+row: an answer whose end token is not trained (the model would never stop), or ids that the saved tokenizer with its
+chat template does not reproduce. Two BOS in a row are refused by the encoding itself.
 """
 
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
+from itertools import islice
 from typing import Any
 
-from sft_core.errors import DataError
+from sft_core.errors import DataError, RowError
 from sft_core.pack.controls import controls_of
-from sft_core.pack.encoding import Sequence
-from sft_core.pack.rendering import Rendering, plain_message, tools_of
+from sft_core.pack.encoding import Sequence, encode_renderings
+from sft_core.pack.rendering import Rendering, plain_message, render_conversation, tools_of
 
 PROVED_CONVERSATIONS = 20
+ROWS_LOOKED_AT = 1_000
+"""The chat template may refuse some."""
+
+
+def prove_rows(rows: Iterable[dict[str, Any]], tokenizer: Any, saved: Any, chat_template: str) -> int:
+    """Check the first conversations that the template takes; how many there were. Bounded, whatever the data's size."""
+    proved = 0
+    for row in islice(rows, ROWS_LOOKED_AT):
+        try:
+            renderings = render_conversation(row["messages"], tokenizer, chat_template, tools=tools_of(row))
+        except RowError:
+            continue
+        prove_row(row, renderings, encode_renderings(renderings, tokenizer), saved)
+        proved += 1
+        if proved == PROVED_CONVERSATIONS:
+            break
+    return proved
 
 
 def prove_row(

@@ -12,7 +12,6 @@ Tools: a message may hold `tool_calls` (a list, or its JSON text as the store ha
 import json
 import os
 import re
-from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +20,10 @@ from jinja2 import TemplateError, TemplateSyntaxError
 
 from sft_core.errors import RecipeError, RowError
 from sft_core.pack.controls import Controls, controls_of
+from sft_core.pack.template import Span, compiled_template
 
-GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TOOLS_VARIABLE = re.compile(r"\btools\b")
 Tools = SequenceOf[dict[str, Any]]
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +56,8 @@ def render_conversation(
     if not messages:
         raise RowError("empty_conversation", "there are no messages")
     chat = [plain_message(message, None) for message in messages]
-    typed = any(map(controls.typed_in, _texts([[{**message, "role": ""} for message in chat], tools])))
+    typed = any(controls.typed_in(message[key]) for message in chat for key in message if key != "role")
+    typed = typed or (tools is not None and controls.typed_in(tools))
     if typed:
         chat = [plain_message(message, controls) for message in chat]
         tools = _cloak(tools, controls)
@@ -93,7 +92,6 @@ class _Renders:
         self._tools = list(tools) if tools else None
         self._tokenizer = tokenizer
         self._template = chat_template
-        self._marked = GENERATION_MARK.search(chat_template) is not None
         self._made: dict[tuple[int, bool], tuple[str, list[Span]]] = {}
 
     def upto(self, count: int, prompt: bool = False) -> tuple[str, list[Span]]:
@@ -105,7 +103,7 @@ class _Renders:
     def trained_turn(self, turn: int) -> tuple[str, list[TrainedSpan]]:
         """Text up to and with message `turn`, and its trained spans."""
         through, marks = self.upto(turn + 1)
-        if self._marked:
+        if compiled_template(self._template, self._tokenizer).marked:
             earlier = any(message["role"] == "assistant" for message in self._chat[:turn])
             floor = _common_length(self.upto(turn)[0], through) if earlier else 0
             spans = [TrainedSpan(start, end, turn) for start, end in marks if start >= floor and end > start]
@@ -125,22 +123,13 @@ class _Renders:
         return through, [TrainedSpan(start, len(through), turn)]
 
     def _render(self, count: int, prompt: bool) -> tuple[str, list[Span]]:
-        from transformers.utils.chat_template_utils import render_jinja_template  # imports torch
-
         try:
-            texts, marks = render_jinja_template(
-                conversations=[self._chat[:count]],
-                tools=self._tools,
-                chat_template=self._template,
-                return_assistant_tokens_mask=self._marked,
-                add_generation_prompt=prompt,
-                **self._tokenizer.special_tokens_map,
-            )
+            compiled = compiled_template(self._template, self._tokenizer)
+            return compiled.render(self._chat[:count], self._tools, prompt)
         except TemplateSyntaxError as error:
             raise RecipeError(f"pack.chat_template, line {error.lineno}: not Jinja: {error.message}") from None
         except (TemplateError, TypeError) as error:
             raise RowError("template_error", f"the chat template refuses messages 0..{count - 1}: {error}") from None
-        return texts[0], list(marks[0]) if marks else []
 
 
 def _is_trained(message: dict[str, Any]) -> bool:
@@ -172,18 +161,6 @@ def _dicts_in(value: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(parsed, list) or not all(isinstance(entry, dict) for entry in parsed):
         raise RowError("tools", f"{where} is not a list of objects: {str(value)[:80]!r}")
     return parsed
-
-
-def _texts(value: object) -> Iterator[str]:
-    """Every text in `value`, keys of mappings included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            yield from (key, *_texts(part))
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _texts(part)
 
 
 def _cloak(value: Any, controls: Controls) -> Any:

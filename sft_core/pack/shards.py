@@ -1,16 +1,16 @@
 """One shard of conversations to one shard of sequences.
 
-In: `part-*.parquet` (row_id, messages, tools?, dataset, file, row_number). Out: row_id, input_ids, labels, in the order
-of the rows. While a thread tokenises one batch (Rust, all cores, without Python's lock), this one renders the next and
-labels the last; batches are taken in order, so the bytes are the same on any number of cores.
+In: `part-*.parquet` (row_id, messages, tools?, dataset?, file, row_number). Out: `sequences/*.parquet` (row_id,
+input_ids, labels, in the order of the rows), `refused/*.jsonl` where rows were set aside (row_id, reason, tokens,
+detail, file and row_number as in the shard) and the shard's books. A batch of rows at a time: a shard that another tool
+wrote may be of any size.
 """
 
 import json
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,145 +19,144 @@ from numpy.typing import NDArray
 
 from sft_core.errors import DataError, RowError
 from sft_core.pack.encoding import IGNORE_INDEX, Encoded, label_tokens, tokenize
-from sft_core.pack.proof import PROVED_CONVERSATIONS, prove_row
 from sft_core.pack.rendering import Rendering, render_conversation, tools_of
 from sft_core.pack.tally import Counts, Tally
-from sft_core.recipe import PackConfig
+from sft_core.pack.tokenizer import SavedTokenizer, load_saved_tokenizer
+from sft_core.shard_rows import locate
+from sft_core.shards import Made
 
 BATCH_ROWS = 1000
 COMPRESSION = "zstd"
 TOKENS = pa.list_(pa.int32())
 SEQUENCE_SCHEMA = pa.schema([("row_id", pa.string()), ("input_ids", TOKENS), ("labels", TOKENS)])
+SEQUENCE_FILES = "sequences/*.parquet"
+REFUSED_FILES = "refused/*.jsonl"
+ORIGIN = ("row_id", "dataset", "file", "row_number")
 Row = dict[str, Any]
 Bounds = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Packing:
-    """One run of the step: what rows are encoded with, and where the books and the quarantine are."""
+class ShardTask:
+    """One shard to encode, and with what: the tokenizer as the step saved it, known by the hash of its files."""
 
-    tokenizer: Any
-    saved: Any
-    template: str
-    config: PackConfig
-    quarantine: IO[str]
-    tally: Tally = field(default_factory=Tally)
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """Rows that the template took, the renderings of each, and their tokens to come."""
-
-    rows: list[tuple[Row, list[Rendering]]]
-    renderings: list[Rendering]
-    encodings: "Future[list[Any]]"
+    path: Path
+    place: dict[str, Any]
+    tokenizer: Path
+    tokenizer_hash: str
+    trust_remote_code: bool
+    chat_template: str
+    max_length: int
+    overlong: str
 
 
-def encode_shard(packing: Packing, shard: Path, target: Path) -> None:
-    """Encode the rows of `shard` into `target`, and book them."""
-    with pq.ParquetFile(shard) as file, pq.ParquetWriter(target, SEQUENCE_SCHEMA, compression=COMPRESSION) as writer:
-        for batch in _tokenized_ahead(packing, file):
-            encoded = label_tokens(batch.renderings, batch.encodings.result(), packing.tokenizer)
-            writer.write_batch(_admit_batch(packing, batch.rows, encoded))
-
-
-def _tokenized_ahead(packing: Packing, file: pq.ParquetFile) -> Iterator[_Batch]:
-    """Batches of rows; when one is handed out, the next is rendered and being tokenised."""
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        ahead: _Batch | None = None
-        for records in file.iter_batches(batch_size=BATCH_ROWS):
-            rows = [(row, rendered) for row in records.to_pylist() if (rendered := _render(packing, row))]
+def encode_shard(task: ShardTask) -> Made:
+    """Encode the shard's rows. DataError for an overlong row if that is to be an error."""
+    saved = SavedTokenizer(task.tokenizer, task.tokenizer_hash, task.trust_remote_code)
+    work = _Work(task, load_saved_tokenizer(saved))
+    sink = pa.BufferOutputStream()
+    with (
+        pq.ParquetFile(task.path) as shard,
+        pq.ParquetWriter(sink, SEQUENCE_SCHEMA, compression=COMPRESSION) as writer,
+    ):
+        for records in shard.iter_batches(batch_size=BATCH_ROWS):
+            rows = [(row, rendered) for row in records.to_pylist() if (rendered := work.render(row))]
             renderings = [rendering for _, rendered in rows for rendering in rendered]
-            made = _Batch(rows, renderings, thread.submit(tokenize, renderings, packing.tokenizer))
-            if ahead:
-                yield ahead
-            ahead = made
-        if ahead:
-            yield ahead
+            encodings = tokenize(renderings, work.tokenizer)
+            writer.write_batch(work.admit(rows, label_tokens(renderings, encodings, work.tokenizer)))
+    files = {SEQUENCE_FILES: sink.getvalue().to_pybytes()}
+    if work.refused:
+        files[REFUSED_FILES] = "".join(work.refused).encode()
+    return Made(files, work.tally.facts())
 
 
-def _render(packing: Packing, row: Row) -> list[Rendering]:
-    """Renderings of one row; none, and the row in quarantine, if the chat template has no place for it."""
-    try:
-        return render_conversation(row["messages"], packing.tokenizer, packing.template, tools=tools_of(row))
-    except RowError as error:
-        packing.tally.enter((1, 0, 0))
-        _set_aside(packing, row, error.reason, (1, 0, 0), error.detail)
-        return []
+@dataclass(slots=True)
+class _Work:
+    """The books and the refused rows of one shard in the making."""
 
+    task: ShardTask
+    tokenizer: Any
+    tally: Tally = field(default_factory=Tally)
+    refused: list[str] = field(default_factory=list)
 
-def _admit_batch(packing: Packing, rows: list[tuple[Row, list[Rendering]]], encoded: Encoded) -> Any:
-    """The record batch of what is kept of one batch of rows."""
-    starts = encoded.starts.tolist()
-    row_ids: list[str] = []
-    kept: list[Bounds] = []
-    number = 0
-    for row, renderings in rows:
-        if packing.tally.proved < PROVED_CONVERSATIONS:
-            sequences = [encoded.sequence(number + k) for k in range(len(renderings))]
-            prove_row(row, renderings, sequences, packing.saved)
-            packing.tally.proved += 1
-        packing.tally.typed_rows += renderings[0].typed
-        for _ in renderings:
-            pieces = _admit(packing, row, encoded.labels, (starts[number], starts[number + 1]))
+    def render(self, row: Row) -> list[Rendering]:
+        """Renderings of one row; none, and the row set aside, if the chat template has no place for it."""
+        try:
+            return render_conversation(row["messages"], self.tokenizer, self.task.chat_template, tools=tools_of(row))
+        except RowError as error:
+            self._set_aside(row, error.reason, (1, 0, 0), error.detail)
+            return []
+
+    def admit(self, rows: Sequence[tuple[Row, list[Rendering]]], encoded: Encoded) -> Any:
+        """The record batch of what is kept of one batch of rows."""
+        self.tally.typed_rows += sum(renderings[0].typed for _, renderings in rows)
+        lengths, supervised = np.diff(encoded.starts), _supervised(encoded.labels, encoded.starts)
+        whole = (lengths <= self.task.max_length) & (supervised > 0)
+        counts = (int(whole.sum()), int(lengths[whole].sum()), int(supervised[whole].sum()))
+        self.tally.enter(counts)
+        self.tally.keep(counts)
+        owners = [row for row, renderings in rows for _ in renderings]
+        bounds = zip(encoded.starts[:-1].tolist(), encoded.starts[1:].tolist(), strict=True)
+        row_ids: list[str] = []
+        kept: list[Bounds] = []
+        for row, is_whole, place in zip(owners, whole.tolist(), bounds, strict=True):
+            pieces = [place] if is_whole else self._cut(row, encoded.labels, place)
             row_ids += [row["row_id"]] * len(pieces)
             kept += pieces
-            number += 1
-    ends = np.cumsum([0, *(end - start for start, end in kept)])
-    offsets = pa.array(ends, pa.int32())
-    columns: list[Any] = [pa.array(row_ids, pa.string())]
-    for tokens in (encoded.ids, encoded.labels):
-        chosen = [tokens[start:end] for start, end in kept]
-        values = tokens if ends[-1] == len(tokens) else np.concatenate([tokens[:0], *chosen])
-        columns.append(pa.ListArray.from_arrays(offsets, pa.array(values, pa.int32())))
-    return pa.record_batch(columns, schema=SEQUENCE_SCHEMA)
+        ends = np.cumsum([0, *(end - start for start, end in kept)])
+        columns: list[Any] = [pa.array(row_ids, pa.string())]
+        for tokens in (encoded.ids, encoded.labels):
+            chosen = [tokens[:0], *(tokens[start:end] for start, end in kept)]
+            values = tokens if ends[-1] == len(tokens) else np.concatenate(chosen)
+            columns.append(pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(values, pa.int32())))
+        return pa.record_batch(columns, schema=SEQUENCE_SCHEMA)
 
-
-def _admit(packing: Packing, row: Row, labels: NDArray[np.int32], bounds: Bounds) -> list[Bounds]:
-    """Where the sequences lie that are made of the one within `bounds`: one, several, or none once it is set aside."""
-    start, end = bounds
-    limit, overlong = packing.config.max_length, packing.config.overlong
-    length, supervised = end - start, _supervised(labels, bounds)
-    kept, border = [bounds], 0
-    if length > limit:
-        if overlong == "error":
-            raise DataError(
-                f"{row['dataset']}, {row['file']}, row {row['row_number']}: {length} tokens, pack.max_length "
-                f"is {limit}; raise it, or set pack.overlong to quarantine, split or truncate"
-            )
-        if overlong == "quarantine":
-            packing.tally.enter((1, length, supervised))
-            _set_aside(packing, row, "overlong", (1, length, supervised))
+    def _cut(self, row: Row, labels: NDArray[np.int32], bounds: Bounds) -> list[Bounds]:
+        """Where the sequences lie that are made of the one within `bounds`, which is overlong or has nothing to train:
+        one, several, or none once it is set aside."""
+        start, end = bounds
+        limit, overlong = self.task.max_length, self.task.overlong
+        length, (supervised,) = end - start, _supervised(labels, bounds).tolist()
+        kept, border = [bounds], 0
+        if length > limit:
+            if overlong == "error":
+                row = locate(row, self.task.place)
+                raise DataError(
+                    f"{row['dataset']}, {row['file']}, row {row['row_number']}: {length} tokens, pack.max_length "
+                    f"is {limit}; raise it, or set pack.overlong to quarantine, split or truncate"
+                )
+            if overlong == "quarantine":
+                self._set_aside(row, "overlong", (1, length, supervised))
+                return []
+            if overlong == "truncate":
+                kept = [(start, start + limit)]
+            else:
+                kept = [(at, min(at + limit, end)) for at in range(start, end, limit)]
+                labels[start + limit : end : limit] = IGNORE_INDEX  # nothing before it in its row predicts it
+                border = supervised - int(_supervised(labels, bounds)[0])
+        left = sum(int(_supervised(labels, piece)[0]) for piece in kept)
+        if not left:
+            self._set_aside(row, "no_supervised_token", (1, length, supervised))
             return []
-        if overlong == "truncate":
-            kept = [(start, start + limit)]
-        else:
-            kept = [(at, min(at + limit, end)) for at in range(start, end, limit)]
-            border = supervised
-            labels[start + limit : end : limit] = IGNORE_INDEX  # nothing before it in its row predicts it
-            border -= _supervised(labels, bounds)
-    left = [_supervised(labels, piece) for piece in kept]
-    if not sum(left):
-        packing.tally.enter((1, length, supervised))
-        _set_aside(packing, row, "no_supervised_token", (1, length, supervised))
-        return []
-    packing.tally.enter((len(kept), length, supervised))
-    packing.tally.split += len(kept) > 1
-    if border:
-        packing.tally.drop("split_border", (0, 0, border))
-    if overlong == "truncate" and length > limit:
-        packing.tally.drop("truncated", (0, length - limit, supervised - sum(left)))
-    for (first, last), count in zip(kept, left, strict=True):
-        packing.tally.keep(last - first, count)
-    return kept
+        tokens = sum(last - first for first, last in kept)
+        self.tally.enter((len(kept), length, supervised))
+        self.tally.keep((len(kept), tokens, left))
+        self.tally.split += len(kept) > 1
+        if border:
+            self.tally.drop("split_border", (0, 0, border))
+        if tokens < length:
+            self.tally.drop("truncated", (0, length - tokens, supervised - left))
+        return kept
+
+    def _set_aside(self, row: Row, reason: str, counts: Counts, detail: str = "") -> None:
+        self.tally.enter(counts)
+        self.tally.drop(reason, counts)
+        origin = {key: row[key] for key in ORIGIN if key in row}
+        entry = {**origin, "reason": reason, "tokens": counts[1], **({"detail": detail} if detail else {})}
+        self.refused.append(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
-def _set_aside(packing: Packing, row: Row, reason: str, counts: Counts, detail: str = "") -> None:
-    packing.tally.drop(reason, counts)
-    entry = {key: row[key] for key in ("row_id", "dataset", "file", "row_number")}
-    entry |= {"reason": reason, "tokens": counts[1]} | ({"detail": detail} if detail else {})
-    packing.quarantine.write(json.dumps(entry, ensure_ascii=False) + "\n")
-
-
-def _supervised(labels: NDArray[np.int32], bounds: Bounds) -> int:
-    return int(np.count_nonzero(labels[slice(*bounds)] != IGNORE_INDEX))
+def _supervised(labels: NDArray[np.int32], starts: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    """Trained tokens between one start and the next, the last one the end."""
+    before = np.concatenate([[0], np.cumsum(labels[starts[0] : starts[-1]] != IGNORE_INDEX)])
+    return np.diff(before[np.asarray(starts) - starts[0]])

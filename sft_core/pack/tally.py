@@ -1,63 +1,81 @@
 """The pack step's books: what came in, what went on, what was set aside and why.
 
-In: one call a sequence or refused row. Out: the ledger, in sequences, tokens and supervised tokens, and figures.
+In: one call a sequence, a batch of them or a refused row. Out: the ledger, in sequences, tokens and supervised tokens,
+and figures. Every shard keeps books of its own, its facts; the step's are their sum.
 """
 
-from array import array
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
 
 UNITS = ("sequences", "tokens", "supervised_tokens")
 Counts = tuple[int, int, int]
 """One figure a unit."""
 
 
+def _zeros() -> list[int]:
+    return [0] * len(UNITS)
+
+
 @dataclass(slots=True)
 class Tally:
-    """Grows while rows stream by."""
+    """Grows while rows stream by. Figures are in `UNITS`."""
 
-    entered: list[int] = field(default_factory=lambda: [0] * len(UNITS))
-    set_aside: dict[str, Counter[str]] = field(default_factory=dict)
-    lengths: "array[int]" = field(default_factory=lambda: array("i"))
-    """Tokens of each sequence that goes on; 4 bytes each, for this is what grows with the data."""
-    supervised: int = 0
-    proved: int = 0
-    """Rows checked against the saved tokenizer."""
+    entered: list[int] = field(default_factory=_zeros)
+    kept: list[int] = field(default_factory=_zeros)
+    set_aside: dict[str, list[int]] = field(default_factory=dict)
     split: int = 0
     """Sequences over `max_length` that became several."""
     typed_rows: int = 0
     """Rows in which somebody typed a special token's string."""
 
-    def enter(self, counts: Counts) -> None:
+    @classmethod
+    def sum(cls, facts: Iterable[Mapping[str, Any]]) -> Self:
+        """The books of several shards, each as its `facts()`, in one."""
+        total = cls()
+        for entry in facts:
+            total.enter(entry["entered"])
+            total.keep(entry["kept"])
+            total.split += entry["split"]
+            total.typed_rows += entry["typed_rows"]
+            for reason, counts in entry["set_aside"].items():
+                total.drop(reason, counts)
+        return total
+
+    def facts(self) -> dict[str, Any]:
+        """All of it, JSON-able."""
+        return {**asdict(self), "set_aside": dict(sorted(self.set_aside.items()))}
+
+    def enter(self, counts: Iterable[int]) -> None:
         """Something came in."""
-        for unit, count in enumerate(counts):
-            self.entered[unit] += count
+        _add(self.entered, counts)
 
-    def drop(self, reason: str, counts: Counts) -> None:
+    def keep(self, counts: Iterable[int]) -> None:
+        """Something goes on."""
+        _add(self.kept, counts)
+
+    def drop(self, reason: str, counts: Iterable[int]) -> None:
         """Of what came in, something is left out."""
-        self.set_aside.setdefault(reason, Counter()).update(dict(zip(UNITS, counts, strict=True)))
-
-    def keep(self, length: int, supervised: int) -> None:
-        """A sequence goes on."""
-        self.lengths.append(length)
-        self.supervised += supervised
+        _add(self.set_aside.setdefault(reason, _zeros()), counts)
 
     def ledger(self) -> dict[str, dict[str, Any]]:
         """In, out and set aside, by unit."""
-        out = dict(zip(UNITS, (len(self.lengths), sum(self.lengths), self.supervised), strict=True))
         return {
             unit: {
-                "in": entered,
-                "out": out[unit],
-                "set_aside": {
-                    reason: counts[unit] for reason, counts in sorted(self.set_aside.items()) if counts[unit]
-                },
+                "in": self.entered[at],
+                "out": self.kept[at],
+                "set_aside": {reason: counts[at] for reason, counts in sorted(self.set_aside.items()) if counts[at]},
             }
-            for unit, entered in zip(UNITS, self.entered, strict=True)
+            for at, unit in enumerate(UNITS)
         }
 
     def reasons(self) -> str:
         """Why sequences were set aside, commonest first, for a message."""
-        counts = Counter({reason: entry["sequences"] for reason, entry in self.set_aside.items()})
+        counts = Counter({reason: entry[0] for reason, entry in self.set_aside.items()})
         return ", ".join(f"{count} {reason}" for reason, count in counts.most_common()) or "no rows came in"
+
+
+def _add(figures: list[int], counts: Iterable[int]) -> None:
+    for unit, count in enumerate(counts):
+        figures[unit] += int(count)

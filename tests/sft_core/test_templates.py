@@ -3,6 +3,7 @@
 All of XTuner's are in test_templates_xtuner.py.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sft_core.errors import ModelError, RecipeError, RowError
 from sft_core.pack import load_chat_template, shipped_templates
 from sft_core.pack.chat_templates import stop_token_ids
 from sft_core.pack.rendering import render_conversation
+from sft_core.pack.template import compiled_template
 
 MESSAGES = [
     {"role": "system", "content": "S"},
@@ -208,3 +210,36 @@ def test_stop_tokens_of_real_tokenizers(model: str, template: str | None, expect
     tokenizer = AutoTokenizer.from_pretrained(path)
     ids = stop_token_ids(tokenizer, load_chat_template(template, tokenizer))
     assert tokenizer.convert_ids_to_tokens(ids) == expected
+
+
+@pytest.mark.parametrize("name", [*shipped_templates(), "thoughts"])
+def test_rendering_is_that_of_transformers(tiny_tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    thoughts = "{% for m in messages %}{{ m.thinking }}{{ m.reasoning_content }}{{ tools }}{{ documents }}{% endfor %}"
+    template = thoughts if name == "thoughts" else load_chat_template(name)
+    thinking = {"role": "assistant", "content": "a", "thinking": "t"}
+    compiled = compiled_template(template, tiny_tokenizer)
+    refused = 0
+    for chat, prompt in (
+        (MESSAGES, False),
+        (MESSAGES[1:], False),
+        (MESSAGES[1:4], True),
+        ([MESSAGES[1], thinking], False),
+    ):
+        options: dict[str, Any] = {"tools": [{"name": "f"}] if prompt else None, "add_generation_prompt": prompt}
+        try:
+            plain = tiny_tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, **options)
+        except TemplateError as error:
+            refused += 1
+            with pytest.raises(TemplateError, match=re.escape(str(error))):
+                compiled.render(chat, options["tools"], prompt)
+            continue
+        texts, marks = render_jinja_template(
+            conversations=[chat],
+            chat_template=template,
+            return_assistant_tokens_mask=compiled.marked,
+            **tiny_tokenizer.special_tokens_map,
+            **options,
+        )
+        assert texts == [plain]
+        assert compiled.render(chat, options["tools"], prompt) == (plain, marks[0] if marks else [])
+    assert refused <= 1
