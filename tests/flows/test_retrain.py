@@ -157,7 +157,7 @@ def test_explain_follows_a_changed_helper_and_a_changed_key(first: str, project:
 
 
 def test_a_new_learning_rate_makes_a_second_version_judged_against_the_first(first: str, project: Project) -> None:
-    text = project.sft("run", "recipe.yaml", "--set", "train.learning_rate=1e-9", "--set", "train.max_steps=1")
+    text = project.sft("run", "recipe.yaml", "--set", "train.learning_rate=1e-9", "--set", "train.max_steps=2")
     assert "Finished in state Reused" in text
     client = project.client()
     assert aliases(client) == {"candidate": "2", "champion": "1"}
