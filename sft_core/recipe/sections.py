@@ -45,8 +45,9 @@ class DatasetConfig(Section):
 class ScheduleConfig(Section):
     """When a scheduled run has something to do."""
 
-    min_new_rows: Literal[0] = 0
-    """Rows that must be new. Only 0 in this version: a run is never skipped for want of new rows."""
+    min_new_rows: Annotated[int, Field(ge=0)] = 0
+    """Rows to train on that the champion (else the newest version) was not trained on. With fewer the run ends as
+    skipped, before training, unless keys of `pack`, `train` or `base_model` changed; 0 never skips."""
 
 
 class NormalizeConfig(Section):

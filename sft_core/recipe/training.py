@@ -86,6 +86,16 @@ class TrainConfig(Section):
     """Checkpoints kept while training."""
     logging_steps: Positive = 10
     """Optimizer steps between metric lines."""
+    eval_steps: Positive | None = None
+    """Optimizer steps between two losses over the held-out conversations (and one at the end); null for none."""
+    load_best_model_at_end: bool = False
+    """Whether the result is the checkpoint with the lowest held-out loss, and not the last one."""
+    early_stopping_patience: Positive | None = None
+    """Evaluations without a lower held-out loss after which training ends; null for never."""
+    sample_prompts: tuple[str, ...] = ()
+    """What users might say, answered greedily at every evaluation, for people to read."""
+    sample_max_new_tokens: Positive = 64
+    """Tokens of such an answer at most."""
     num_processes: Positive | None = None
     """Ranks on this machine; null for one a GPU, or one on CPU."""
 
@@ -94,6 +104,18 @@ class TrainConfig(Section):
     def _one_spelling(cls, value: str | None) -> str | None:
         short = (value or "").removeprefix("deepspeed_")
         return short if short in DEEPSPEED_PRESETS else value
+
+    @property
+    def heeds_held_out_loss(self) -> bool:
+        """Whether the held-out loss decides what comes out."""
+        return self.load_best_model_at_end or self.early_stopping_patience is not None
+
+    @model_validator(mode="after")
+    def _evaluations_have_a_time(self) -> "TrainConfig":
+        if self.eval_steps is None and (self.heeds_held_out_loss or self.sample_prompts):
+            keys = ("load_best_model_at_end", "early_stopping_patience", "sample_prompts")
+            raise ValueError(f"{next(key for key in keys if getattr(self, key))}: works at evaluations; set eval_steps")
+        return self
 
     @model_validator(mode="after")
     def _quantized_base_needs_an_adapter(self) -> "TrainConfig":

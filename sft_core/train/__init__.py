@@ -1,7 +1,8 @@
 """Train: PackedDataset + base model -> Checkpoint.
 
 In: a packed folder and the base model's folder. Out: `checkpoint/` (DeepSpeed's or Trainer's state of the last
-optimizer step), `metrics.jsonl`, `train.log`. The work is done by a child process; see `worker.py`.
+optimizer step, or of the best by held-out loss), `metrics.jsonl`, `train.log`, and `samples.jsonl` where answers were
+sampled. The work is done by a child process; see `worker.py`.
 """
 
 import os
@@ -13,13 +14,14 @@ from pathlib import Path
 from sft_core.artifacts import Outcome
 from sft_core.errors import TrainError
 from sft_core.recipe import TrainConfig
+from sft_core.train.best import best_checkpoint, best_in
 from sft_core.train.checkpoints import check_world_size, newest_complete, step_of
 from sft_core.train.launch import run_training
 from sft_core.train.limits import check_training
 from sft_core.train.metrics import read_metrics
-from sft_core.train.spec import TrainSpec
+from sft_core.train.spec import SAMPLES, TrainSpec
 
-STEP_VERSION = 2
+STEP_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +33,7 @@ class TrainInputs:
     trust_remote_code: bool
     work: Path
     conversations: Path | None = None
-    """What was packed; with it, a message about a row can say where the row comes from."""
+    """What was packed, with its held-out side; a message about a row can say where the row comes from."""
 
 
 def train_adapter(
@@ -62,6 +64,9 @@ def train_adapter(
     metrics = read_metrics(work / "metrics.jsonl")
     if checkpoint is None or not metrics:
         raise TrainError(f"the training process ended well but left no complete checkpoint in {work}")
+    best = best_in(checkpoint)
+    if config.load_best_model_at_end:
+        checkpoint = best_checkpoint(checkpoint)
     _copy_result(checkpoint, work, out)
     first, last = metrics[0], metrics[-1]
     seconds = (last["time"] - first["time"]) / 1000
@@ -73,6 +78,7 @@ def train_adapter(
             "last_loss": last["loss"],
             "seconds_per_step": seconds / steps if steps else 0.0,
             "num_processes": num_processes,
+            **({"best_optimizer_step": best.optimizer_step, "best_eval_loss": best.eval_loss} if best else {}),
         }
     )
 
@@ -81,8 +87,9 @@ def _copy_result(checkpoint: Path, work: Path, out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         shutil.copytree(checkpoint, out / "checkpoint")
-        for name in ("metrics.jsonl", "train.log"):
-            shutil.copy(work / name, out / name)
+        for name in ("metrics.jsonl", "train.log", SAMPLES):
+            if (work / name).exists():
+                shutil.copy(work / name, out / name)
     except OSError as error:
         raise TrainError(
             f"training is done, but {checkpoint} could not be copied to {out}: {error}; make room there, and the same "

@@ -51,16 +51,17 @@ def choose_attention(model: Any) -> tuple[str, str]:
     config = inner.config.get_text_config()
     default = inner.config._attn_implementation
     weight = inner.get_input_embeddings().weight
-    if weight.is_cuda and is_flash_attn_2_available() and inner._supports_flash_attn and config.dtype in HALF:
+    cuda = weight.is_cuda or (hasattr(weight, "ds_id") and torch.cuda.is_available())  # ZeRO-3 may keep it elsewhere
+    if cuda and is_flash_attn_2_available() and inner._supports_flash_attn and config.dtype in HALF:
         return "flash_attention_2", "flash-attention is installed"
     refusal = _not_covered(inner, config)
     if refusal:
         return default, refusal
-    if not weight.is_cuda:
+    if not cuda:
         return NAME, "SDPA document by document: no work between documents"
     if config.dtype not in HALF:
         return default, f"variable-length kernels take half precision, not {config.dtype}"
-    if torch.cuda.get_device_capability(weight.device) < (8, 0):
+    if torch.cuda.get_device_capability() < (8, 0):
         return default, "variable-length kernels need compute capability 8.0"
     try:
         from torch.nn.attention.varlen import varlen_attn  # noqa: F401

@@ -73,10 +73,12 @@ def newest_complete(folder: Path) -> Path | None:
     return max(complete, key=step_of, default=None)
 
 
-def keep_newest(folder: Path, number: int) -> None:
-    """Delete all but the newest `number` complete checkpoints."""
+def keep_newest(folder: Path, number: int, also: int | None = None) -> None:
+    """Delete all but the newest `number` complete checkpoints, and that of the optimizer step `also`."""
     complete = [checkpoint for checkpoint in _checkpoints(folder) if (checkpoint / COMPLETE).exists()]
     for checkpoint in sorted(complete, key=step_of)[:-number]:
+        if step_of(checkpoint) == also:
+            continue
         (checkpoint / COMPLETE).unlink()  # half a deletion must not look complete
         shutil.rmtree(checkpoint)
 

@@ -1,120 +1,149 @@
-"""Start the training ranks as a child process, relay its lines, and never leave one behind.
+"""Start this machine's training ranks as a child process, relay its lines, and never leave one behind.
 
-One rank: `python -m sft_core.train.worker SPEC`. Several: `torchrun` on this machine. The child has its own session.
-Whatever ends `run_training` (an exception, a cancelled flow, Ctrl-C) asks the child to save (SIGTERM), then kills it.
+In: the spec's file, the number of ranks on all machines, the `Launch` in force. Out: nothing, or TrainError with one
+reason. The child has its own session. Whatever ends `run_training` (an exception, a cancelled flow, Ctrl-C) asks the
+child to save (SIGTERM), then kills it; a SIGTERM to this process is passed on. A rank that gives no sign of life ends
+the run.
 """
 
 import contextlib
 import ctypes
-import json
 import os
+import selectors
 import signal
-import socket
 import subprocess
 import sys
-from collections import deque
-from collections.abc import Callable, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sft_core.errors import TrainError
-from sft_core.train.worker import EXIT_STOPPED, FAULT, PR_SET_PDEATHSIG
+from sft_core.train.launchers import current_launch, training_command, training_environment
+from sft_core.train.ranks import RANKS, RankWatch
+from sft_core.train.said import Said
+from sft_core.train.worker import EXIT_STOPPED, PR_SET_PDEATHSIG
+
+__all__ = ["TrainingStopped", "run_training", "training_command", "training_environment"]
 
 GRACE_SECONDS = 20.0
 """Time the child gets to save after SIGTERM; Prefect kills a cancelled flow after 30 s."""
-TAIL_LINES = 30
-PROGRESS = ("step ", "resuming ", "note: ")
-"""Beginnings of lines that are passed on while training runs."""
-NOISE = ("FutureWarning", "UserWarning", "DeprecationWarning", "warnings.warn", "[W", "[INFO]", "[WARNING]", "W1", "W0")
+WATCH_SECONDS = 1.0
+"""Between two looks at the ranks' signs of life."""
 
 
-def training_command(spec: Path, num_processes: int) -> list[str]:
-    """The command line of the training ranks on this machine."""
-    worker = ["-m", "sft_core.train.worker", str(spec)]
-    if num_processes == 1:
-        return [sys.executable, *worker]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}", "--max_restarts=0"]
-    return [sys.executable, *torchrun, *worker]
+class TrainingStopped(TrainError):
+    """SIGTERM ended the training after a checkpoint was saved; the same command goes on from it."""
 
 
-def training_environment(environment: Mapping[str, str], num_processes: int) -> dict[str, str]:
-    """The child's environment: unbuffered, offline telemetry, and for one rank what torchrun would have set."""
-    child = {**environment, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
-    child.setdefault("OMP_NUM_THREADS", str(max(1, ((os.cpu_count() or 1) - 1) // num_processes)))  # one core for us
-    root = str(Path(__file__).parents[2])
-    child["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [child.get("PYTHONPATH")])])
-    if num_processes == 1:
-        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        child.update(single, MASTER_PORT=str(_free_port()))
-    return child
+class _Silent(TrainError):
+    """A rank gives no sign of life: there is nothing to wait for."""
 
 
 def run_training(spec: Path, num_processes: int, log: Path, on_line: Callable[[str], None]) -> None:
-    """Run the ranks to their end. TrainError with the last lines if they fail, or if they were stopped and saved."""
+    """Run the ranks to their end. TrainError with the reason if they fail, TrainingStopped if they saved on SIGTERM."""
+    launch = current_launch()
+    command = training_command(spec, num_processes, launch)
+    local = launch.local_ranks(num_processes)
+    watch = RankWatch(spec.parent / RANKS, num_processes, local, launch.ddp_timeout, time.monotonic())
     process = subprocess.Popen(
-        training_command(spec, num_processes),
-        env=training_environment(os.environ, num_processes),
+        command,
+        env=training_environment(os.environ, num_processes, launch),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
-        errors="backslashreplace",
         start_new_session=True,
-        preexec_fn=_terminate_with_parent,
+        preexec_fn=_die_with(os.getpid()),
     )
+    said = Said(on_line)
     try:
-        tail = _relay(process, log, on_line)
-        status = process.wait()
-    except BaseException:  # also a cancelled flow's signal and Ctrl-C: the child must never be left behind
-        _stop(process)
+        with _passing_on_sigterm(process) as asked:
+            _relay(process, log, said, watch)
+            status = process.wait()
+    except BaseException as reason:  # also a cancelled flow's signal and Ctrl-C: the child must never be left behind
+        _stop(process, 0.0 if isinstance(reason, _Silent) else GRACE_SECONDS)
         raise
     finally:
         if process.stdout:
             process.stdout.close()
-    if status == EXIT_STOPPED:
-        raise TrainError("training was stopped by SIGTERM after saving a checkpoint; the same command goes on from it")
+    if status == EXIT_STOPPED or (status != 0 and said.stopped and not said.fault):
+        raise TrainingStopped(
+            "training was stopped by SIGTERM after saving a checkpoint; the same command goes on from it"
+        )
+    if status != 0 and asked and not said.fault:
+        raise TrainError(
+            "training was stopped by SIGTERM before it could save; the same command goes on from the newest "
+            f"checkpoint, if there is one; full log: {log}"
+        )
     if status != 0:
-        if tail and tail[0].startswith(FAULT):
-            fault: str = json.loads(tail[0].removeprefix(FAULT))
-            raise TrainError(f"{fault.removeprefix('TrainError: ')}; full log: {log}")
-        last = "\n".join(f"  {line}" for line in tail)
-        raise TrainError(f"the training process ended with status {status}; full log: {log}\n{last}")
+        raise TrainError(said.reason(status, watch.behind() if num_processes > 1 else None, log))
 
 
-def _relay(process: subprocess.Popen[str], log: Path, on_line: Callable[[str], None]) -> deque[str]:
-    """The last lines, or the first one that names a user's fault."""
-    tail: deque[str] = deque(maxlen=TAIL_LINES)
-    fault: str | None = None
+def _relay(process: subprocess.Popen[bytes], log: Path, said: Said, watch: RankWatch) -> None:
+    """Read the child's lines until all of it has ended, or until a rank is silent."""
     assert process.stdout is not None
-    with log.open("ab", buffering=0) as file:
-        for raw in process.stdout:
-            line = raw.rstrip("\n").rsplit("\r", 1)[-1]
-            with contextlib.suppress(OSError):  # a full disk: the child will say so, and it is the child's to say
-                file.write(f"{line}\n".encode(errors="backslashreplace"))
-            if line.startswith(FAULT) and fault is None:
-                fault = line
-            elif line.strip() and not line.lstrip().startswith(NOISE):
-                tail.append(line)
-                if line.startswith(PROGRESS):
-                    on_line(line)
-    return deque([fault]) if fault is not None else tail
+    pipe, rest, look = process.stdout.fileno(), b"", 0.0
+    with log.open("ab", buffering=0) as file, selectors.DefaultSelector() as selector:
+        selector.register(pipe, selectors.EVENT_READ)
+        while True:
+            ended = process.poll() is not None
+            if selector.select(0 if ended else WATCH_SECONDS):
+                chunk = os.read(pipe, 1 << 16)
+                *lines, rest = (rest + chunk).split(b"\n") if chunk else (rest, b"")
+                for line in lines:
+                    with contextlib.suppress(
+                        OSError
+                    ):  # a full disk: the child will say so, and it is the child's to say
+                        file.write(line.rsplit(b"\r", 1)[-1] + b"\n")
+                    said.hear(line)
+                if not chunk:
+                    return
+            elif ended:  # whoever still holds the pipe is not waited for
+                return
+            if not ended and time.monotonic() > look:
+                fault, look = watch.fault(time.monotonic()), time.monotonic() + WATCH_SECONDS
+                if fault is not None:
+                    raise _Silent(f"{fault}. All ranks were ended; the same command goes on from the newest checkpoint")
 
 
-def _stop(process: subprocess.Popen[str]) -> None:
-    """SIGTERM to the launcher, which passes it on to the ranks; SIGKILL to the whole group when time is up."""
+def _stop(process: subprocess.Popen[bytes], grace: float) -> None:
+    """SIGTERM to the launcher, which passes it on to the ranks; SIGKILL when time is up. Ranks die with it."""
     if process.poll() is None:
-        process.terminate()
+        if grace:
+            process.terminate()
         try:
-            process.wait(GRACE_SECONDS)
+            process.wait(grace)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
-def _terminate_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+@contextlib.contextmanager
+def _passing_on_sigterm(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """A SIGTERM to this process asks the ranks to save, unless someone else handles it (Prefect does). Yields the list
+    of those that came."""
+    asked: list[int] = []
+
+    def pass_on(number: int, _: object) -> None:
+        asked.append(number)
+        process.terminate()
+
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield asked
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _die_with(parent: int) -> Callable[[], None]:
+    """For the child, before it becomes the launcher: killed when this process ends, however that happens."""
+
+    def prepare() -> None:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:
+                os._exit(1)
+
+    return prepare

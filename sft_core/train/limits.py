@@ -17,6 +17,11 @@ def check_training(train: TrainConfig, num_processes: int | None = None, cuda: b
             f"train.lora.use_dora with deepspeed {train.deepspeed}: under ZeRO-3 PEFT's DoRA trains to other weights "
             "than without it; take zero2, or use_dora: false"
         )
+    if train.sample_prompts and stage == 3:
+        raise RecipeError(
+            f"train.sample_prompts with deepspeed {train.deepspeed}: under ZeRO-3 no rank holds the whole model to "
+            "answer with; take zero2, or sample_prompts: []"
+        )
     if cuda is False and train.dtype == "float16":
         raise RecipeError("train.dtype float16: needs a GPU (its loss scaling has no CPU form); take bfloat16")
     if cuda is False and train.lora is not None and train.lora.init_lora_weights == "loftq":

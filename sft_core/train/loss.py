@@ -1,7 +1,10 @@
 """Loss over supervised tokens only: no logits of prompts, padding or last tokens ever exist.
 
 In: a causal LM (bare, with PEFT, or wrapped by DeepSpeed or DDP) and a batch with `labels`. Out: the same scalar as the
-model's own forward, cross-entropy summed over supervised tokens and divided by `num_items_in_batch`.
+model's own forward, cross-entropy summed over supervised tokens and divided by `num_items_in_batch`: those of the whole
+optimizer step (all ranks and micro-batches), so no split of the same rows changes it. A router's auxiliary loss is in
+it where the model's config has `output_router_logits`, by the micro-batch's share of the step's supervised tokens: the
+model itself would count it whole for every micro-batch.
 
 Two ways, both through the model's own forward, so that wrappers, scaled or capped logits and a router's auxiliary loss
 stay what they are:
@@ -17,8 +20,9 @@ Sources: Liger Kernel, arXiv 2410.10989, section 3.2; transformers' `slice_logit
 """
 
 import importlib.util
+import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -45,16 +49,16 @@ def supervised_loss(
     """
     inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
     labels = batch["labels"]
+    inner = causal_lm(model)
     if way == "own":
-        return model(**inputs, labels=labels, num_items_in_batch=num_items_in_batch, use_cache=False).loss
+        return _own_loss(model, inputs, labels, num_items_in_batch)
     targets = pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]  # (batch, length): the token after each
     keep = targets != IGNORE_INDEX
     chosen = targets[keep]  # (supervised,)
     inputs |= {"labels": chosen, "shift_labels": chosen, "logits_to_keep": keep, "use_cache": False}
-    if way == "selected":
-        return model(**inputs, num_items_in_batch=num_items_in_batch).loss
-    with _head_left_out(causal_lm(model)):
-        return model(**inputs, num_items_in_batch=num_items_in_batch).loss
+    with _head_left_out(inner) if way == "chunked" else nullcontext():
+        output = model(**inputs, num_items_in_batch=num_items_in_batch)
+    return _weighed(output, inner, len(chosen), num_items_in_batch)
 
 
 def choose_loss(model: Any) -> tuple[LossWay, str]:
@@ -81,6 +85,32 @@ def causal_lm(model: Any) -> Any:
     while hasattr(model, "module"):
         model = model.module
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _own_loss(
+    model: Any, inputs: dict[str, Any], labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+) -> torch.Tensor:
+    """From whole logits. A forward that knows no `num_items_in_batch` gives a mean over its batch."""
+    inner = causal_lm(model)
+    supervised = (labels[:, 1:] != IGNORE_INDEX).sum()
+    parameters = inspect.signature(type(inner).forward).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        output = model(**inputs, labels=labels, num_items_in_batch=num_items_in_batch, use_cache=False)
+        return _weighed(output, inner, supervised, num_items_in_batch)
+    output = model(**inputs, labels=labels, use_cache=False)
+    mean: torch.Tensor = output.loss if supervised else output.logits.sum() * 0  # every rank has to go backward
+    return mean if num_items_in_batch is None else mean * (supervised / num_items_in_batch)
+
+
+def _weighed(
+    output: Any, inner: Any, supervised: torch.Tensor | int, num_items_in_batch: torch.Tensor | int | None
+) -> torch.Tensor:
+    """The output's loss, its auxiliary part by the micro-batch's share of the optimizer step."""
+    loss: torch.Tensor = output.loss
+    auxiliary, coefficient = getattr(output, "aux_loss", None), getattr(inner, "router_aux_loss_coef", None)
+    if num_items_in_batch is None or auxiliary is None or coefficient is None:
+        return loss
+    return loss - coefficient * (1 - supervised / num_items_in_batch) * auxiliary.to(loss.device)
 
 
 def _probe_batch(vocabulary: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -135,6 +165,9 @@ class _ChunkedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Any, rows: int) -> torch.Tensor:
         """`hidden` (n, hidden_size), `targets` (n,); `head` a frozen map to (n, vocab_size)."""
+        if not ctx.needs_input_grad[0]:
+            parts = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
+            return torch.stack([cross_entropy(head(h).float(), t, reduction="sum") for h, t in parts]).sum()
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden)
         for start in range(0, len(hidden), rows):

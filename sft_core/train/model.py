@@ -32,16 +32,17 @@ def quantization_config(train: TrainConfig) -> BitsAndBytesConfig | None:
 
 
 def load_base(path: str | Path, train: TrainConfig, trust_remote_code: bool) -> Any:
-    """The base as training sees it: quantised at load, SDPA attention, in the compute dtype; in float32 where all of
-    it is trained without DeepSpeed, which would keep float32 copies itself."""
+    """The base as training sees it: on its device, quantised at load, SDPA attention, in the compute dtype; in float32
+    where all of it is trained without DeepSpeed, which would keep float32 copies itself."""
     quantization = quantization_config(train)
     placement = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+    placed = not is_deepspeed_zero3_enabled() and (quantization is not None or torch.cuda.is_available())
     in_masters = train.lora is None and train.deepspeed is None
     model = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=torch.float32 if in_masters else getattr(torch, train.dtype),
         quantization_config=quantization,
-        device_map=placement if quantization is not None and not is_deepspeed_zero3_enabled() else None,
+        device_map=placement if placed else None,
         trust_remote_code=trust_remote_code,
         attn_implementation="sdpa",
     )

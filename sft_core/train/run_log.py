@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from sft_core.train.best import best_of
 from sft_core.train.checkpoints import check_world_size, keep_newest, mark_complete, step_of
 from sft_core.train.isolation import check_isolation
-from sft_core.train.metrics import append_metrics, progress_line, rewind_metrics
-from sft_core.train.spec import TrainSpec
+from sft_core.train.metrics import append_metrics, memory_bytes, progress_line, rewind_metrics
+from sft_core.train.spec import SAMPLES, TrainSpec
 
 
 class RunLog(TrainerCallback):
@@ -21,8 +22,8 @@ class RunLog(TrainerCallback):
     def __init__(self, spec: TrainSpec, max_steps: int, stop: Any, packs: bool) -> None:
         self._spec, self._max_steps, self._stop, self._packs = spec, max_steps, stop, packs
         self._metrics = Path(spec.metrics)
-        self._clock = time.monotonic()
-        self._tokens_at_clock = 0
+        self._clock = self._began = time.monotonic()
+        self._tokens_at_clock = self._began_at = 0
 
     def start(self, resumed_from: Path | None, world_size: int, speaks: bool) -> None:
         """Go on counting where `resumed_from` ended, and forget log lines of steps that will be done again."""
@@ -32,19 +33,22 @@ class RunLog(TrainerCallback):
         if speaks:
             if resumed_from is not None:
                 print(f"resuming from {resumed_from.name} of {self._max_steps} optimizer steps", flush=True)
-            rewind_metrics(self._metrics, step_of(resumed_from) if resumed_from else 0)
+            for path in (self._metrics, Path(self._spec.checkpoints) / SAMPLES):
+                rewind_metrics(path, step_of(resumed_from) if resumed_from else 0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Prove that packed documents do not see each other, on the model as it will be trained."""
         if self._packs:
             check_isolation(model, model.config.get_text_config().vocab_size)
-        self._clock = time.monotonic()
+        self._clock = self._began = time.monotonic()
+        self._began_at = state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """One metrics line and one progress line a logged step."""
         if logs is None or "loss" not in logs or not state.is_world_process_zero:
             return
         now, counts = time.monotonic(), self.trainer.counts
+        seconds_a_step = (now - self._began) / max(state.global_step - self._began_at, 1)
         entry = {
             "time": int(time.time() * 1000),
             "optimizer_step": state.global_step,
@@ -57,7 +61,11 @@ class RunLog(TrainerCallback):
             "supervised_tokens": counts.supervised_tokens,
             "skipped_steps": counts.skipped_steps,
             "tokens_per_second": (counts.tokens - self._tokens_at_clock) / max(now - self._clock, 1e-9),
+            "memory_bytes": memory_bytes(),
+            "seconds_left": seconds_a_step * (self._max_steps - state.global_step),
         }
+        if "eval_loss" in logs:
+            entry["eval_loss"] = float(logs["eval_loss"])
         self._clock, self._tokens_at_clock = now, counts.tokens
         append_metrics(self._metrics, entry)
         print(progress_line(entry), flush=True)
@@ -77,4 +85,5 @@ class RunLog(TrainerCallback):
         if state.is_world_process_zero:
             folder = Path(args.output_dir)
             mark_complete(folder / f"checkpoint-{state.global_step}", args.world_size, self.trainer.counts)
-            keep_newest(folder, self._spec.config.save_total_limit)
+            best = best_of(state.log_history) if self._spec.config.load_best_model_at_end else None
+            keep_newest(folder, self._spec.config.save_total_limit, best.optimizer_step if best else None)

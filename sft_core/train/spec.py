@@ -7,6 +7,9 @@ from typing import Any, Self
 
 from sft_core.recipe import TrainConfig
 
+SAMPLES = "samples.jsonl"
+"""Beside the checkpoints: answers to the recipe's `sample_prompts`."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSpec:

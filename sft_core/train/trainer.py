@@ -19,24 +19,30 @@ from sft_core.errors import TrainError
 from sft_core.pack import IGNORE_INDEX
 from sft_core.train.batches import ROW_NUMBERS, ROW_TOKENS, NumberedCollator, NumberedRows
 from sft_core.train.checkpoints import Counts
+from sft_core.train.loss import LossWay, supervised_loss
 from sft_core.train.stream import PackedStream
-from sft_core.train.token_loss import token_loss
 from sft_core.train.watch import StepWatch
 
 
 class PackedTrainer(Trainer):
     """Trainer that keeps the stream's order. Loss is a mean over the supervised tokens of the whole optimizer step."""
 
-    def __init__(self, model: Any, args: TrainingArguments, stream: PackedStream, watch: StepWatch, log: Any) -> None:
+    loss_is_scaled_for_ga = True
+    """By the supervised tokens of the whole optimizer step."""
+
+    def __init__(
+        self, model: Any, args: TrainingArguments, stream: PackedStream, watch: StepWatch, log: Any, loss_way: LossWay
+    ) -> None:
         super().__init__(
             model=model,
             args=args,
             train_dataset=NumberedRows(stream),
             data_collator=NumberedCollator(stream.pad_token_id),
-            compute_loss_func=token_loss,
             callbacks=[log],
         )
         self.counts = Counts()
+        self.loss_way = loss_way
+        self.eval_loss: float | None = None  # of the optimizer step at hand, for its log entry
         self._watch = watch
         log.trainer = self
 
@@ -66,6 +72,19 @@ class PackedTrainer(Trainer):
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         self._watch.add(loss, supervised, rows)
         return loss
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Times the number of ranks, as their gradients are averaged."""
+        assert not return_outputs, "there are no logits to give"
+        return supervised_loss(model, inputs, num_items_in_batch, self.loss_way) * self.accelerator.num_processes
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """With the held-out loss where there is one."""
+        if self.eval_loss is not None and "loss" in logs:
+            logs["eval_loss"], self.eval_loss = self.eval_loss, None
+        super().log(logs, start_time)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
         """Called once an optimizer step, before it is taken (under DeepSpeed: just after)."""

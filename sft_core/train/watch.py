@@ -8,16 +8,21 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
 from sft_core.errors import TrainError
 from sft_core.pack import PackedDataset
+from sft_core.shard_rows import locate
+from sft_core.shards import read_shard_list
 from sft_core.train.stream import PackedStream
 
 NAMED_ROWS = 16
 """Rows that a message names at most."""
+ORIGIN = ("row_id", "dataset", "file", "row_number")
 MOST_OVERFLOWS = 20
 """Steps in a row that float16 may leave out: from 2 ** 16, the scale is then below 1."""
 
@@ -73,12 +78,18 @@ class StepWatch:
 
 
 def sources_of(conversations: Path, row_ids: list[str]) -> dict[str, str]:
-    """Where rows come from, by row_id: data set, file and row number; those that are not there are left out."""
-    columns = ["row_id", "dataset", "file", "row_number"]
-    shards = sorted((conversations / "train").glob("part-*.parquet"))
-    tables = [pq.read_table(shard, columns=columns, filters=[("row_id", "in", row_ids)]) for shard in shards]
-    rows = [row for table in tables for row in table.to_pylist()]
-    return {row["row_id"]: f"{row['dataset']}, {row['file']}, row {row['row_number']}" for row in rows}
+    """Where rows come from, by row_id: data set, file and row number; the first of several copies. Those that are not
+    there are left out."""
+    places = {shard.name: shard.place for shard in read_shard_list(conversations)}
+    wanted = pa.array(row_ids, pa.string())
+    found: dict[str, str] = {}
+    for path in sorted((conversations / "train").glob("part-*.parquet")):
+        with pq.ParquetFile(path) as shard:
+            table = shard.read([name for name in ORIGIN if name in shard.schema_arrow.names])
+        for local in table.filter(pc.is_in(table.column("row_id"), wanted)).to_pylist():
+            row = locate(local, places.get(path.stem, {}))
+            found.setdefault(row["row_id"], f"{row['dataset']}, {row['file']}, row {row['row_number']}")
+    return found
 
 
 def _any_rank(flag: bool, device: torch.device) -> bool:

@@ -1,4 +1,4 @@
-"""One training rank: `python -m sft_core.train.worker SPEC.json`, started by `sft_core.train.launch`.
+"""One training rank: `python -m sft_core.train.worker SPEC.json DDP_TIMEOUT`, started by `sft_core.train.launch`.
 
 In: a `TrainSpec`. Out: Trainer checkpoints below `spec.checkpoints`, `metrics.jsonl`, progress lines on stdout. Knows
 neither Prefect nor MLflow. Exit status: 0 done; 1 a fault, named by a line `fault: ...`; 75 stopped by SIGTERM, saved.
@@ -9,6 +9,7 @@ import errno
 import json
 import math
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -18,18 +19,28 @@ EXIT_STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: state was saved, the same command goes on from there."""
 FAULT = "fault: "
 """Begins the line that names a user's fault; a JSON text follows."""
+LOST = "lost: "
+"""Begins the line of a rank that waited for others in vain; a JSON text follows."""
+STOPPED = "stopped: "
+"""Begins a rank's last line after EXIT_STOPPED, which torchrun would hide behind a status of its own."""
 PR_SET_PDEATHSIG = 1
 
 
-def main(spec_path: str) -> int:
-    """Train to the end, or to a SIGTERM."""
-    _die_with_parent()
+def main(spec_path: str, ddp_timeout: float) -> int:
+    """Train to the end, or to a SIGTERM. Ranks wait for one another for `ddp_timeout` seconds at most."""
+    _die_with_parent(spec_path)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which asks for a stop
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from sft_core.errors import SftError  # after the environment is set
+    from sft_core.train.ranks import RANKS, Heart
     from sft_core.train.spec import TrainSpec
 
+    heart = Heart(Path(spec_path).parent / RANKS, os.environ.get("RANK", "0"), ddp_timeout)  # beats while torch loads
     try:
-        return run(TrainSpec.read(Path(spec_path)))
+        status = run(TrainSpec.read(Path(spec_path)), heart, ddp_timeout)
+        if status == EXIT_STOPPED:
+            print(f"{STOPPED}saved", flush=True)
+        return status
     except SftError as error:
         print(FAULT + json.dumps(f"{type(error).__name__}: {error}"), flush=True)
         return 1
@@ -39,9 +50,15 @@ def main(spec_path: str) -> int:
         message = f"TrainError: {error}; make room there, and the same command goes on from the newest checkpoint"
         print(FAULT + json.dumps(message), flush=True)
         return 1
+    except RuntimeError as error:
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not re.search("gloo|NCCL|TCPStore", str(error)):
+            raise
+        why = str(error).partition("\n")[0]
+        print(LOST + json.dumps(f"rank {os.environ['RANK']} waited for other ranks in vain ({why})"), flush=True)
+        return 1
 
 
-def run(spec: Any) -> int:
+def run(spec: Any, heart: Any, ddp_timeout: float) -> int:
     """Build model, data and Trainer for this rank; train; leave a complete checkpoint of the last step."""
     import torch  # slow, and after PDEATHSIG
 
@@ -50,8 +67,13 @@ def run(spec: Any) -> int:
 
     from sft_core.pack import load_packed
     from sft_core.train.arguments import training_arguments
+    from sft_core.train.attention import use_packed_attention
+    from sft_core.train.best import stopped_early
     from sft_core.train.checkpoints import newest_complete
+    from sft_core.train.evaluation import open_evaluation
+    from sft_core.train.loss import choose_loss
     from sft_core.train.model import load_trainable
+    from sft_core.train.pulse import Pulse
     from sft_core.train.run_log import RunLog
     from sft_core.train.stream import PackedStream
     from sft_core.train.trainer import PackedTrainer
@@ -60,22 +82,31 @@ def run(spec: Any) -> int:
     transformers.utils.logging.set_verbosity_error()
     config = spec.config
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    pulse = Pulse(heart, ddp_timeout)
     packed = load_packed(Path(spec.packed), cache=Path(spec.checkpoints) / "packed.arrow")  # mapped, shared by ranks
     stream = PackedStream(packed, config.num_train_epochs, world_size * config.per_device_train_batch_size)
     rows_a_step = world_size * config.per_device_train_batch_size * config.gradient_accumulation_steps
     max_steps = config.max_steps or math.ceil(stream.rows / rows_a_step)
-    arguments = training_arguments(spec, max_steps)  # before the model: ZeRO-3 partitions while loading
+    arguments = pulse.join(training_arguments(spec, max_steps))  # before the model: ZeRO-3 partitions while loading
     transformers.set_seed(spec.seed)
     model, notes = load_trainable(spec.base_model, config, spec.trust_remote_code)
+    attention, why_attention = use_packed_attention(model)
+    loss_way, why_loss = choose_loss(model)
+    notes.append(f"note: attention {attention} ({why_attention}), loss {loss_way} ({why_loss})")
     if arguments.process_index == 0:
         print("\n".join(notes), flush=True)
     stop = _StopFlag()
     log = RunLog(spec, max_steps, stop, packs=packed.packing != "none")
     watch = StepWatch(packed, stream, Path(spec.conversations) if spec.conversations else None)
-    trainer = PackedTrainer(model, arguments, stream, watch, log)
-    with arguments.main_process_first():  # it deletes torn checkpoints
+    trainer = PackedTrainer(model, arguments, stream, watch, log, loss_way)
+    with arguments.main_process_first(local=False):  # it deletes torn checkpoints, of all machines
         resume = newest_complete(Path(spec.checkpoints))
     log.start(resume, world_size, speaks=arguments.process_index == 0)
+    if resume and stopped_early(resume, config.early_stopping_patience):
+        return 0
+    if config.eval_steps is not None:
+        trainer.add_callback(open_evaluation(spec, trainer, packed, max_steps))
+    trainer.add_callback(pulse)  # last: it looks at what the others ask for
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return EXIT_STOPPED if stop.asked and trainer.state.global_step < max_steps else 0
 
@@ -111,11 +142,16 @@ def _avoid_compiled_ops(cuda: bool) -> None:
     vars(deepspeed.ops)["__compatible_ops__"] = {}
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(spec_path: str) -> None:
     """No rank outlives its launcher (torchrun gives each rank a session of its own)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # it may have ended before that call; its command line names the spec
+        parent = Path(f"/proc/{os.getppid()}/cmdline")
+        if not parent.exists() or spec_path.encode() not in parent.read_bytes():
+            sys.exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1], float(sys.argv[2])))

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from sft_core.errors import ModelError
 from sft_core.merge import MergeOptions, merge_adapter
 
 XTUNER = Path(__file__).parents[3] / "shared" / "checkpoints" / "xtuner"
@@ -161,6 +162,17 @@ def test_auto_measures_both_and_keeps_the_nearer(base: Path, adapter: Path, held
     assert not list(tmp_path.glob(".out-*"))
     card = (tmp_path / "out" / "README.md").read_text()
     assert '"certified": true' in card
+
+
+def test_a_model_over_the_bound_is_refused(base: Path, adapter: Path, held_out: Path, tmp_path: Path) -> None:
+    told: dict[str, Any] = {"base": "full", "compute_dtype": "float32", "held_out": held_out, "certify": True}
+    outcome = merge_adapter(base, adapter, tmp_path / "near", MergeOptions(**told, max_divergence=10.0))
+    measured = outcome.facts["certificate"]["candidates"]["full"]["kl"]
+    assert measured > 1e-5  # the full base is not the 4-bit one of the training
+    merge_adapter(base, adapter, tmp_path / "at", MergeOptions(**told, max_divergence=measured))
+    with pytest.raises(ModelError, match="nats a token from the model that was trained, over"):
+        merge_adapter(base, adapter, tmp_path / "over", MergeOptions(**told, max_divergence=measured * 0.99))
+    assert not list((tmp_path / "over").glob("*.safetensors"))
 
 
 def test_auto_without_rows_takes_what_training_saw_and_says_so(base: Path, adapter: Path, tmp_path: Path) -> None:

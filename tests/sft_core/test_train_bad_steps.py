@@ -1,5 +1,6 @@
 """A step that went bad ends the run, names its rows, and touches no checkpoint."""
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -12,11 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from sft_core import shard_rows
 from sft_core.errors import TrainError
-from sft_core.pack import load_packed
+from sft_core.fetch import fetch_dataset
+from sft_core.normalize import NormalizeSource, normalize_dataset
+from sft_core.pack import load_packed, pack_dataset
+from sft_core.recipe import DatasetConfig, NormalizeConfig, PackConfig
+from sft_core.shard_rows import read_shards
+from sft_core.shards import read_shard_list
 from sft_core.train.checkpoints import newest_complete
 from sft_core.train.stream import PackedStream
-from sft_core.train.watch import MOST_OVERFLOWS, StepWatch
+from sft_core.train.watch import MOST_OVERFLOWS, StepWatch, sources_of
 from tests.sft_core.train_runs import config, make_packed, train
 
 
@@ -24,7 +31,7 @@ from tests.sft_core.train_runs import config, make_packed, train
 def packed(
     tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, write_conversations: Callable[..., Path]
 ) -> Path:
-    """Conversation 17 holds the only `~`."""
+    """Conversation 17 holds the only `~`. A folder without shards.json, whose rows say themselves where they stand."""
 
     def write(folder: Path, count: int, heldout: int) -> Path:
         write_conversations(folder, count, heldout)
@@ -36,6 +43,45 @@ def packed(
         return folder
 
     return make_packed(tmp_path_factory.mktemp("data"), tiny_model, write)
+
+
+@pytest.fixture(scope="module")
+def normalized(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """Two files of 60 rows through the real steps, cut to short shards, packed. Row 41 of `b.jsonl` holds the only `~`;
+    the first 20 rows of both files are copies."""
+    folder = tmp_path_factory.mktemp("normalized")
+    (folder / "rows").mkdir()
+    for name in "ab":
+        asked = [f"say {i if i < 20 else f'{name}{i}'}" for i in range(60)]
+        if name == "b":
+            asked[40] = "say ~"
+        lines = [json.dumps({"input": text, "output": "w"}) for text in asked]
+        (folder / "rows" / f"{name}.jsonl").write_text("\n".join(lines), "utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_rows, "ROWS_PER_CUT", 16)
+        patch.setattr(shard_rows, "LEAST_ROWS", 4)
+        fetch_dataset(DatasetConfig(path=str(folder / "rows")), folder / "fetched")
+    source = NormalizeSource(rows=folder / "fetched", map_fn="default", name="d")
+    normalize_dataset([source], NormalizeConfig(near_duplicates=None), 0.05, 0, folder / "conversations")
+    pack = PackConfig(max_length=128, chat_template="chatml")
+    pack_dataset(folder / "conversations", tiny_model, pack, 42, folder / "packed")
+    return folder / "packed"
+
+
+def test_rows_are_named_as_in_the_source_and_copies_by_the_first(normalized: Path) -> None:
+    conversations = normalized.parent / "conversations"
+    assert len(read_shard_list(conversations)) > 2
+    expected: dict[str, str] = {}
+    asked = {}
+    for row in read_shards(conversations / "train"):
+        expected.setdefault(row["row_id"], f"d, {row['file']}, row {row['row_number']}")
+        asked[row["messages"][0]["content"]] = row["row_id"]
+    found = sources_of(conversations, [*expected, "unknown"])
+    assert found == expected
+    assert len(found) < len(list(read_shards(conversations / "train")))
+    for text, (name, number) in {"say ~": ("b", 41), "say a30": ("a", 31), "say 7": ("a", 8)}.items():
+        assert found[asked[text]] == f"d, {name}.jsonl, row {number}"
+    assert sources_of(conversations, []) == {}
 
 
 @pytest.fixture(scope="module")
@@ -51,18 +97,23 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"deepspeed": "zero2", "num_processes": 2, "dtype": "bfloat16"}])
+@pytest.mark.parametrize("folder", ["packed", "normalized"])
 def test_a_nan_loss_names_its_rows_and_saves_nothing(
-    changes: dict[str, object], packed: Path, poisoned: Path, tmp_path: Path
+    folder: str, changes: dict[str, object], poisoned: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
+    packed: Path = request.getfixturevalue(folder)
     section = config(max_steps=None, num_train_epochs=1, gradient_accumulation_steps=1, save_steps=1, **changes)
     with pytest.raises(TrainError, match=r"optimizer step \d+: loss is nan; nothing useful") as fault:
         train(packed, poisoned, tmp_path, section)
     message = str(fault.value)
     bad = int(message.removeprefix("optimizer step ").partition(":")[0])
-    assert f"d, f, row 18 ({17:032x})" in message
-    rows = load_packed(packed).bins(0)
-    batch = next(row for row in rows if 17 in row)
-    assert message.count("d, f, row ") == len(batch)  # that packed row's conversations and no others
+    dataset = load_packed(packed)
+    token = AutoTokenizer.from_pretrained(poisoned).encode("~")[0]
+    (number,) = (i for i in range(len(dataset)) if token in dataset.sequence(i).input_ids)
+    named = "d, f, row 18" if folder == "packed" else "d, b.jsonl, row 41"
+    assert f"{named} ({dataset.row_id(number)})" in message
+    batch = next(row for row in dataset.bins(0) if number in row)
+    assert message.count("d, ") == len(batch)  # that packed row's conversations and no others
     newest = newest_complete(tmp_path / "work")
     assert newest is None if bad == 1 else newest == tmp_path / "work" / f"checkpoint-{bad - 1}"
 

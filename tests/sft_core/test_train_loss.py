@@ -172,6 +172,36 @@ def test_a_model_that_scores_its_labels_otherwise_keeps_its_own_way() -> None:
     assert choose_loss(Weighted(tiny("llama").config))[0] == "own"
 
 
+class OldForm(transformers.LlamaForCausalLM):
+    """A forward without keyword arguments for the loss, as remote code may have."""
+
+    def forward(self, input_ids: Any, position_ids: Any = None, labels: Any = None, use_cache: Any = None) -> Any:
+        return super().forward(input_ids=input_ids, position_ids=position_ids, labels=labels, use_cache=use_cache)
+
+
+def test_a_forward_of_an_old_form_gives_the_same_loss() -> None:
+    model = tiny("llama")
+    old = OldForm(model.config)
+    old.load_state_dict(model.state_dict())
+    assert choose_loss(old)[0] == "own"
+    for count in (None, 50):
+        expected, expected_gradients = loss_and_gradients(model, "selected", count)
+        found, gradients = loss_and_gradients(old, "own", count)
+        assert found == pytest.approx(expected, rel=1e-6)
+        torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-6)
+    assert supervised_loss(old, collate([[]], 0), torch.tensor(9), "own").item() == 0
+
+
+@pytest.mark.parametrize("way", ["own", "selected", "chunked"])
+def test_a_routers_loss_counts_by_the_micro_batchs_share_of_the_step(way: LossWay) -> None:
+    model = tiny("mixtral").requires_grad_(False)
+    output = model(**batch(), use_cache=False)
+    assert output.aux_loss > 0.5
+    assert supervised_loss(model, batch(), torch.tensor(20), way).item() == pytest.approx(output.loss.item(), rel=1e-5)
+    halves = [supervised_loss(model, batch(), torch.tensor(40), way).item() for _ in range(2)]
+    assert sum(halves) == pytest.approx(output.loss.item(), rel=1e-5)  # of equal micro-batches
+
+
 @pytest.mark.slow
 def test_steps_under_zero2_are_the_same() -> None:
     root = str(Path(__file__).parents[2])

@@ -57,7 +57,8 @@ def kill_once(packed: Path, model: Path, folder: Path, section: object, draw: ra
     seen: list[str] = []
 
     def kill(line: str) -> None:
-        seen.append(line)
+        if line.startswith("step "):
+            seen.append(line)
         if len(seen) == lines:
             time.sleep(delay)
             os.kill(child_of(os.getpid()), signal.SIGKILL)
