@@ -2,12 +2,14 @@
 
 In: shards as `shard.make_shard` writes them. Out: `heldout/part-*.parquet` (CONVERSATION_SCHEMA), and
 `quarantine/part-00000.jsonl` with the rows that shards set aside and those taken out here, in order. What leaves the
-held-out side never goes to the training side. Memory holds the candidates' ids and signatures, and one shard.
+held-out side never goes to the training side. Memory holds the candidates' ids and signatures, and the
+signatures of a few shards.
 """
 
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +23,9 @@ from sft_core.normalize.tables import located, parquet_bytes, read_parquet, size
 from sft_core.normalize.tally import Amount, Example, Tally
 from sft_core.shard_rows import MOST_BYTES, MOST_ROWS, locate
 from sft_core.shards import Shard
+
+SHARDS_AT_ONCE = 16
+"""Shards whose signatures are looked up in one go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,18 +129,22 @@ def _also_in_training(out: Path, shards: Sequence[Shard], ids: Sequence[str]) ->
 
 def _near(out: Path, shards: Sequence[Shard], signatures: Signatures, threshold: float) -> Iterator[tuple[int, Aside]]:
     held_out = HeldOutSignatures(signatures, threshold)
-    for path, shard in _having(out, shards, SIGNATURES):
-        matches = list(held_out.matches(np.load(path)))
-        if not matches:
-            continue
-        columns = read_parquet(shard.path(out, TRAIN), ["file", "row_number"])
-        for match in matches:
-            origin = locate(columns.slice(match.training, 1).to_pylist()[0], shard.place)
-            detail = (
-                f"similarity {match.similarity:.2f} with {origin['file']} row {origin['row_number']} of "
-                f"{origin['dataset']}, which is trained"
-            )
-            yield match.held_out, Aside("near_duplicate", detail)
+    having = list(_having(out, shards, SIGNATURES))
+    for first in range(0, len(having), SHARDS_AT_ONCE):
+        group = having[first : first + SHARDS_AT_ONCE]
+        parts = [np.load(path) for path, _ in group]
+        ends = np.cumsum([len(part) for part in parts])
+        matches = sorted(held_out.matches(np.concatenate(parts)), key=lambda match: match.training)
+        for number, found in groupby(matches, key=lambda match: int(np.searchsorted(ends, match.training, "right"))):
+            shard, zero = group[number][1], int(ends[number]) - len(parts[number])
+            columns = read_parquet(shard.path(out, TRAIN), ["file", "row_number"])
+            for match in found:
+                origin = locate(columns.slice(match.training - zero, 1).to_pylist()[0], shard.place)
+                detail = (
+                    f"similarity {match.similarity:.2f} with {origin['file']} row {origin['row_number']} of "
+                    f"{origin['dataset']}, which is trained"
+                )
+                yield match.held_out, Aside("near_duplicate", detail)
 
 
 def _as_row(record: dict[str, Any]) -> str:

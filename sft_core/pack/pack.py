@@ -24,7 +24,7 @@ from sft_core.errors import DataError
 from sft_core.fingerprint import hash_file, hash_folder, hash_value
 from sft_core.pack.chat_templates import load_chat_template
 from sft_core.pack.overlap import map_overlapped
-from sft_core.pack.packed import BINS, SETTINGS_KEY, TOKENIZER, PackedSettings, lengths_of, read_weights
+from sft_core.pack.packed import BINS, SETTINGS_KEY, TOKENIZER, PackedSettings, read_weights
 from sft_core.pack.packing import copies, epoch_rows
 from sft_core.pack.proof import prove_rows
 from sft_core.pack.shards import COMPRESSION, ORIGIN, REFUSED_FILES, SEQUENCE_FILES, TOKENS, ShardTask, encode_shard
@@ -134,7 +134,8 @@ def _write_quarantine(out: Path, writer: ShardWriter) -> None:
 def _write_bins(out: Path, settings: PackedSettings) -> dict[str, Any]:
     """Write epoch 0's bins with the settings beside them; figures of that epoch."""
     shards = sorted(out.glob(SEQUENCE_FILES))
-    lengths = np.concatenate([lengths_of(pq.read_table(shard, columns=["input_ids"])) for shard in shards])
+    lengths = np.concatenate([pq.read_table(shard, columns=["length"])["length"].to_numpy() for shard in shards])
+    lengths = lengths.astype(np.int64)
     weights, limit = read_weights(out), settings.max_length
     rows = epoch_rows(lengths, limit, settings.packing, settings.seed, 0, weights)
     cuts = {} if rows.first is None else {"first": rows.first, "last": rows.last}

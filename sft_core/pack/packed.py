@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -45,7 +44,7 @@ class PackedDataset:
     tokenizer: Path
     settings: PackedSettings
     table: Any
-    """pyarrow.Table with the columns row_id, input_ids, labels."""
+    """pyarrow.Table with the columns row_id, input_ids, labels, length."""
     chunk_starts: tuple[int, ...]
     """Number of the first sequence of each of the table's chunks."""
     weights: NDArray[np.float64]
@@ -105,15 +104,9 @@ def load_packed(packed: Path, cache: Path | None = None) -> PackedDataset:
     metadata = pq.read_schema(packed / BINS).metadata or {}
     settings = PackedSettings(**json.loads(metadata[SETTINGS_KEY]))
     table = _map_table(shards, cache) if cache else pa.concat_tables([pq.read_table(shard) for shard in shards])
-    lengths = lengths_of(table)
+    lengths = table.column("length").to_numpy().astype(np.int64)
     starts = tuple(np.cumsum([0, *map(len, table.column("input_ids").chunks)]).tolist())[:-1]
     return PackedDataset(lengths, packed / TOKENIZER, settings, table, starts, read_weights(packed))
-
-
-def lengths_of(table: Any) -> NDArray[np.int64]:
-    """Tokens of each sequence of a table."""
-    sizes = [pa.compute.list_value_length(chunk).to_numpy() for chunk in table.column("input_ids").chunks]
-    return np.concatenate([np.zeros(0, np.int64), *sizes]).astype(np.int64)
 
 
 def read_weights(packed: Path) -> NDArray[np.float64]:

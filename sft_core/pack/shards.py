@@ -28,7 +28,10 @@ from sft_core.shards import Made
 BATCH_ROWS = 1000
 COMPRESSION = "zstd"
 TOKENS = pa.list_(pa.int32())
-SEQUENCE_SCHEMA = pa.schema([("row_id", pa.string()), ("input_ids", TOKENS), ("labels", TOKENS)])
+SEQUENCE_SCHEMA = pa.schema(
+    [("row_id", pa.string()), ("input_ids", TOKENS), ("labels", TOKENS), ("length", pa.int32())]
+)
+"""`length`, in tokens, spares packing the tokens."""
 SEQUENCE_FILES = "sequences/*.parquet"
 REFUSED_FILES = "refused/*.jsonl"
 ORIGIN = ("row_id", "dataset", "file", "row_number")
@@ -109,6 +112,7 @@ class _Work:
             chosen = [tokens[:0], *(tokens[start:end] for start, end in kept)]
             values = tokens if ends[-1] == len(tokens) else np.concatenate(chosen)
             columns.append(pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(values, pa.int32())))
+        columns.append(pa.array(np.diff(ends), pa.int32()))
         return pa.record_batch(columns, schema=SEQUENCE_SCHEMA)
 
     def _cut(self, row: Row, labels: NDArray[np.int32], bounds: Bounds) -> list[Bounds]:
