@@ -10,8 +10,8 @@ Everything written is deleted.
 import argparse
 import json
 import os
-import shutil
 import resource
+import shutil
 import statistics
 import subprocess
 import sys

@@ -18,7 +18,8 @@ from tasks.run_step import call
 def publish(recipe: dict[str, Any], plan: dict[str, Any] | None = None) -> dict[str, Any]:
     """A checkpoint to a registered version, judged against its base and the champion."""
     with open_job("publish", recipe, plan) as job:
-        call(convert, job)
+        if "convert" in job.plan.steps:  # it is not where all weights were trained: there is no adapter
+            call(convert, job)
         call(merge, job)
         call(evaluate, job, "tuned")
         call(evaluate, job, "base")

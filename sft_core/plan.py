@@ -5,7 +5,7 @@ parent; it travels beside the recipe, so a CPU parent and a GPU worker name the 
 """
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any, Self
@@ -20,8 +20,12 @@ from sft_core.recipe import Recipe
 from sft_core.train.limits import check_training
 from sft_core.train.zero import deepspeed_part
 
-TRAIN_KEYS_WITHOUT_EFFECT = {"logging_steps", "save_steps", "save_total_limit", "num_processes"}
-"""Keys of `train` that change how a run is watched or kept, not what it learns."""
+TRAIN_KEYS_WITHOUT_EFFECT = {
+    *("logging_steps", "save_steps", "save_total_limit", "num_processes"),
+    *("sample_prompts", "sample_max_new_tokens"),
+}
+"""Keys of `train` that change how a run is watched or kept, not what it learns; `eval_steps` too, unless the held-out
+loss decides what comes out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,20 +90,27 @@ def plan_recipe(recipe: Recipe) -> Plan:
     conversations = add("normalize", _normalize_parts(recipe), raw)
     packed = add("pack", _pack_parts(recipe, base, template), {"conversations": conversations})
     checkpoint = add("train", _train_parts(recipe), {"packed": packed, "base_model": base.fingerprint})
-    adapter = add("convert", {"version": convert.STEP_VERSION}, {"checkpoint": checkpoint})
-    merged = add(
-        "merge",
-        {
-            "merge": recipe.merge.model_dump(mode="json"),
-            "quantization": recipe.train.quantization,
-            "dtype": recipe.train.dtype,
-            "version": merge.STEP_VERSION,
-        },
-        {"adapter": adapter, "base_model": base.fingerprint, "conversations": conversations},
-    )
+    merged = _add_model(add, recipe, base, checkpoint, conversations)
     for name, model in (("tuned", merged), ("base", base.fingerprint)):
         add(f"evaluate/{name}", evaluate_parts(recipe, template), {"model": model, "conversations": conversations})
     return Plan(steps, template, base.commit)
+
+
+def _add_model(
+    add: Callable[[str, dict[str, Any], dict[str, str]], str],
+    recipe: Recipe,
+    base: BaseModelDescription,
+    checkpoint: str,
+    conversations: str,
+) -> str:
+    """convert and merge. Where all weights were trained there is nothing to merge: merge converts the checkpoint."""
+    parts: dict[str, Any] = {"dtype": recipe.train.dtype, "version": merge.STEP_VERSION}
+    if recipe.train.lora is None:
+        parts["convert"] = convert.STEP_VERSION
+        return add("merge", parts, {"checkpoint": checkpoint, "base_model": base.fingerprint})
+    adapter = add("convert", {"version": convert.STEP_VERSION}, {"checkpoint": checkpoint})
+    parts |= {"merge": recipe.merge.model_dump(mode="json"), "quantization": recipe.train.quantization}
+    return add("merge", parts, {"adapter": adapter, "base_model": base.fingerprint, "conversations": conversations})
 
 
 def plan_champion(plan: Plan, recipe: Recipe, model_fingerprint: str) -> Plan:
@@ -159,7 +170,8 @@ def _pack_parts(recipe: Recipe, base: BaseModelDescription, template: str) -> di
 
 
 def _train_parts(recipe: Recipe) -> dict[str, Any]:
-    section = recipe.train.model_dump(mode="json", exclude=TRAIN_KEYS_WITHOUT_EFFECT)
+    unheeded = set() if recipe.train.heeds_held_out_loss else {"eval_steps"}
+    section = recipe.train.model_dump(mode="json", exclude=TRAIN_KEYS_WITHOUT_EFFECT | unheeded)
     section["deepspeed"] = deepspeed_part(recipe.train)
     return {"train": section, "seed": recipe.seed, "version": train.STEP_VERSION}
 

@@ -153,17 +153,18 @@ def _convert(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
     train = run.recipe.train
     options = ConvertOptions(
         base=run.base_model(),
+        dtype=train.dtype if train.lora is None else None,
         tokenizer=run.folder("pack") / "tokenizer",
         quantization={"quantization": train.quantization, "compute_dtype": train.dtype},
         chat_template=run.plan.chat_template,
         trust_remote_code=run.recipe.base_model.trust_remote_code,
     )
-    return convert_checkpoint(
-        run.folder("train") / "checkpoint", out, train.lora, run.recipe.base_model.path, options
-    )
+    return convert_checkpoint(run.folder("train") / "checkpoint", out, train.lora, run.recipe.base_model.path, options)
 
 
 def _merge(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
+    if run.recipe.train.lora is None:  # all weights were trained: the checkpoint holds the model
+        return _convert(run, planned, out)
     options = MergeOptions(
         base=run.recipe.merge.base,
         quantization=run.recipe.train.quantization,

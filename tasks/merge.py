@@ -1,4 +1,4 @@
-"""Task of the step merge: Adapter + base model -> MergedModel."""
+"""Task of the step merge: Adapter + base model (or, all weights trained, Checkpoint) -> MergedModel."""
 
 from typing import Any
 

@@ -11,7 +11,7 @@ from typing import Any
 from sft_core.artifacts import Outcome
 from sft_core.recipe import LoraConfig
 
-STEP_VERSION = 2
+STEP_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,19 +46,21 @@ def convert_checkpoint(
     """
     from sft_core.convert.layout import read_checkpoint
     from sft_core.convert.tokenizer import copy_tokenizer, find_tokenizer
+    from sft_core.convert.writer import one_thread
 
     options = options or ConvertOptions()
-    trained = read_checkpoint(checkpoint, lora)
-    folder = find_tokenizer(checkpoint, options.tokenizer)
-    if lora is None:
-        from sft_core.convert.full import write_model
+    with one_thread():
+        trained = read_checkpoint(checkpoint, lora)
+        folder = find_tokenizer(checkpoint, options.tokenizer)
+        if lora is None:
+            from sft_core.convert.full import write_model
 
-        return Outcome(facts=write_model(trained, out, folder, options))
-    from sft_core.convert.adapter import checked_tensors, write_adapter
+            return Outcome(facts=write_model(trained, out, folder, base_model, options))
+        from sft_core.convert.adapter import checked_tensors, write_adapter
 
-    tensors, config = checked_tensors(trained, lora, options)
-    out.mkdir(parents=True, exist_ok=True)
-    config |= {"inference_mode": True, "base_model_name_or_path": base_model}
-    facts = write_adapter(tensors, trained, out, config, options)
-    copied = copy_tokenizer(folder, out) if folder else ()
-    return Outcome(facts={**facts, "tokenizer_files": len(copied)})
+        tensors, config = checked_tensors(trained, lora, options)
+        out.mkdir(parents=True, exist_ok=True)
+        config |= {"inference_mode": True, "base_model_name_or_path": base_model}
+        facts = write_adapter(tensors, trained, out, config, options)
+        copied = copy_tokenizer(folder, out) if folder else ()
+        return Outcome(facts={**facts, "tokenizer_files": len(copied)})

@@ -14,7 +14,7 @@ import torch
 from sft_core.convert import ConvertOptions
 from sft_core.convert.layout import CONFIG, WEIGHTS
 from sft_core.convert.skeleton import Shape, adapter_shapes, peft_config, short_names
-from sft_core.convert.trained import Stored, TrainedTensors
+from sft_core.convert.trained import Stored, TrainedTensors, all_finite
 from sft_core.convert.writer import Slot, write_tensors
 from sft_core.errors import ModelError
 from sft_core.recipe import LoraConfig
@@ -25,14 +25,19 @@ PART = re.compile(r"(?P<module>.+)\.lora_(?:(?P<side>[AB])\.weight|embedding_(?P
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def rounded_dtype(options: ConvertOptions) -> torch.dtype | None:
+    """The dtype asked for; None to keep each tensor's own."""
+    if options.dtype is not None and options.dtype not in DTYPES:
+        raise ModelError(f"dtype {options.dtype!r}: must be one of {', '.join(DTYPES)}")
+    return DTYPES[options.dtype] if options.dtype else None
+
+
 def checked_tensors(
     trained: TrainedTensors, lora: LoraConfig, options: ConvertOptions
 ) -> tuple[dict[str, Stored], dict[str, Any]]:
     """Tensors under PEFT's names, and PEFT's settings. Where the base is known, they must be those that PEFT makes for
     it; elsewhere every A must have its B of rank r.
     """
-    if options.dtype is not None and options.dtype not in DTYPES:
-        raise ModelError(f"dtype {options.dtype!r}: must be one of {', '.join(DTYPES)}")
     tensors: dict[str, Stored] = {}
     for key, tensor in trained.tensors.items():
         name = _peft_name(key, lora)
@@ -58,15 +63,15 @@ def write_adapter(
     tensors: dict[str, Stored], trained: TrainedTensors, out: Path, config: dict[str, Any], options: ConvertOptions
 ) -> dict[str, Any]:
     """Write the folder and look at every number once: all finite, B not all zero. Small figures worth showing."""
-    dtype = DTYPES.get(options.dtype or "")
+    dtype = rounded_dtype(options)
     slots = [Slot(name, dtype or tensors[name].dtype, tensors[name].shape) for name in sorted(tensors)]
     squares = 0.0
     try:
         for slot, tensor in zip(slots, write_tensors(out, {WEIGHTS: slots}, tensors), strict=True):
-            if not bool(torch.isfinite(tensor).all()):
+            if not all_finite(tensor):
                 raise ModelError(f"{trained.source}: {slot.name} holds NaN or infinity; take an earlier checkpoint")
             if _side(slot.name) == "B":
-                squares += float(tensor.double().square().sum())
+                squares += float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
         if squares == 0:
             raise ModelError(
                 f"{trained.source}: every lora_B is zero, so the adapter changes nothing; was it trained at all?"

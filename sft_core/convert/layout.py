@@ -36,10 +36,10 @@ def read_checkpoint(checkpoint: Path, lora: LoraConfig | None) -> TrainedTensors
     if not checkpoint.is_dir():
         raise ModelError(f"checkpoint {checkpoint}: no such file or folder")
     if is_zero_folder(checkpoint):
-        return read_zero(checkpoint)
+        return read_zero(checkpoint, lora)
     if (checkpoint / "latest").is_file():
         _check_config(checkpoint / CONFIG, lora)
-        return read_zero(_tagged_folder(checkpoint))
+        return read_zero(_tagged_folder(checkpoint), lora)
     if lora is not None and (checkpoint / WEIGHTS).is_file():
         _check_config(checkpoint / CONFIG, lora)
         return _read_plain(checkpoint, (WEIGHTS,))

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from sft_core.convert.opcodes import DTYPES, Name, Refused, Storage, read_opcodes
+from sft_core.convert.names import DTYPES, Name, Refused, Storage
+from sft_core.convert.opcodes import read_opcodes
 from sft_core.errors import ModelError
 
 MAX_PICKLE_BYTES = 256_000_000

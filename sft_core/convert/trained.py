@@ -1,5 +1,6 @@
 """What a checkpoint holds, whatever wrote it: tensors by the trainer's names, read when they are asked for."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,3 +31,11 @@ class TrainedTensors:
 def stored(tensor: torch.Tensor) -> Stored:
     """A tensor that is mapped already."""
     return Stored(tuple(tensor.shape), tensor.dtype, lambda: tensor.detach())
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """False if there is a NaN or an infinity. One pass without a copy: a NaN is its own least and greatest."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    low, high = tensor.aminmax()
+    return math.isfinite(low.item()) and math.isfinite(high.item())

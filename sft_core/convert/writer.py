@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,17 @@ def write_index(out: Path, shards: dict[str, list[Slot]]) -> None:
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     text = json.dumps(index, indent=2, sort_keys=True) + "\n"
     (out / "model.safetensors.index.json").write_text(text, "utf-8")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One torch thread inside: threads that wait for each other at every tensor cost more than they save."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def write_tensors(out: Path, shards: dict[str, list[Slot]], tensors: dict[str, Stored]) -> Iterator[torch.Tensor]:

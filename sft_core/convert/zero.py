@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from sft_core.convert.reader import read_pickle
-from sft_core.convert.trained import Stored, TrainedTensors, stored
+from sft_core.convert.trained import Stored, TrainedTensors, all_finite, stored
 from sft_core.errors import ModelError
+from sft_core.recipe import LoraConfig
 
 RANK_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
@@ -27,8 +28,11 @@ def is_zero_folder(folder: Path) -> bool:
     return any((folder / name).is_file() for name in MODEL_FILES) or bool(_rank_files(folder))
 
 
-def read_zero(folder: Path) -> TrainedTensors:
-    """The fp32 master weights. ModelError for a missing rank, a rank of another step, sizes that do not add up."""
+def read_zero(folder: Path, lora: LoraConfig | None) -> TrainedTensors:
+    """The fp32 master weights; without `lora` also frozen weights and buffers.
+
+    ModelError for a missing rank, a rank of another step, sizes that do not add up.
+    """
     model_file = next((folder / name for name in MODEL_FILES if (folder / name).is_file()), None)
     if model_file is None:
         raise ModelError(f"{folder}: no {MODEL_FILES[0]}; the checkpoint is incomplete, take another one")
@@ -54,7 +58,9 @@ def read_zero(folder: Path) -> TrainedTensors:
         cuts = _cut_groups(flat, groups, states[0].get("param_alignment_paddings"), folder)
     copies = model.get("module") or {}
     steps = model.get("global_steps")
-    tensors = {name: _master(name, shape, parts, copies, folder) for name, shape, parts in cuts} | _others(model)
+    tensors = {name: _master(name, shape, parts, copies, folder) for name, shape, parts in cuts}
+    if lora is None:
+        tensors |= _others(model)
     for second, first in (model.get("shared_params") or {}).items():  # tied weights, stored once
         if first in tensors:
             tensors[second] = tensors[first]
@@ -75,7 +81,7 @@ def _master(name: str, shape: Any, parts: dict[int, torch.Tensor], copies: dict[
         tensor = vector[: math.prod(shape)].view(tuple(shape))
         copy = copies.get(name)
         if isinstance(copy, torch.Tensor) and copy.shape == tensor.shape:
-            same = torch.equal(tensor.to(copy.dtype), copy) or not bool(torch.isfinite(tensor).all())
+            same = torch.equal(tensor.to(copy.dtype), copy) or not all_finite(tensor)
             if not same:
                 raise ModelError(
                     f"{folder}: the fp32 weights of {name} (rank files {sorted(parts)}) are not those that the 16-bit "
@@ -87,7 +93,7 @@ def _master(name: str, shape: Any, parts: dict[int, torch.Tensor], copies: dict[
 
 
 def _others(model: dict[str, Any]) -> dict[str, Stored]:
-    """Buffers, and parameters that were frozen where the trainer saved them too (not the base of an adapter)."""
+    """Buffers, and parameters that were frozen, where the trainer saved them too."""
     module = model.get("module") or {}
     names = [*(model.get("buffer_names") or ()), *(model.get("frozen_param_shapes") or ())]
     return {name: stored(module[name]) for name in names if isinstance(module.get(name), torch.Tensor)}

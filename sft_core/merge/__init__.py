@@ -10,7 +10,7 @@ from typing import Literal
 
 from sft_core.artifacts import Outcome
 
-STEP_VERSION = 2
+STEP_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

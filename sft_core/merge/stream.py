@@ -1,31 +1,31 @@
-"""Weight files written as a stream: read, sum and write overlap, and a few megabytes are in memory.
+"""Weight files written as a stream: each tensor goes to its place in the file, a few megabytes of it in memory.
 
 In: a plan of edits. Out: safetensors files with their index, and how many tensors were merged, dequantised, replaced,
-or left as they were. The bytes depend on the inputs alone.
+or left as they were. The bytes depend on the inputs alone: every tensor's place is known before the first is written.
 """
 
 import math
 import os
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from sft_core.convert.writer import Slot, header_of, split_shards, write_index
+from sft_core.convert.writer import Slot, header_of, one_thread, split_shards, write_index
 from sft_core.errors import ModelError
-from sft_core.merge.arithmetic import Workspace, add_rows, check_finite, rows_at_a_time
+from sft_core.merge.arithmetic import Workspace, add_rows, check_finite, needs_all_rows, rows_at_a_time
 from sft_core.merge.nf4 import round_trip
 from sft_core.merge.placing import Edit, Plan
 from sft_core.merge.shards import read_into
 
-BUFFERS = 3
-COPY_BYTES = 8_000_000
+MAX_WORKERS = 8
+"""Threads, each with a tensor of its own; memory bandwidth ends what more could do."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class MergeCount:
     """Tensors of the output by what became of them. `swallowed`: the update was lost whole in rounding."""
 
@@ -36,49 +36,19 @@ class MergeCount:
     saved: int = 0
 
 
-@dataclass(slots=True)
-class _Pipe:
-    """One reader's and BUFFERS writers' buffers; a thread writes one chunk while the next is summed."""
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One tensor, and where in the output it goes."""
 
-    pool: ThreadPoolExecutor
-    raw: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
-    buffers: list[torch.Tensor] = field(default_factory=lambda: [torch.empty(0, dtype=torch.uint8)] * BUFFERS)
-    pending: list[Future[None] | None] = field(default_factory=lambda: [None] * BUFFERS)
-    turn: int = 0
-    space: Workspace = field(default_factory=Workspace)
+    slot: Slot
+    edit: Edit
+    file: Path
+    offset: int
 
-    def read(self, descriptor: int, offset: int, nbytes: int) -> torch.Tensor:
-        """Bytes of a file; valid until the next call."""
-        if len(self.raw) < nbytes:
-            self.raw = torch.empty(nbytes, dtype=torch.uint8)
-        read_into(descriptor, offset, self.raw[:nbytes])
-        return self.raw[:nbytes]
-
-    def free(self, nbytes: int) -> torch.Tensor:
-        """A buffer that no write needs any more."""
-        self.turn = (self.turn + 1) % BUFFERS
-        waiting = self.pending[self.turn]
-        if waiting is not None:
-            waiting.result()
-        if len(self.buffers[self.turn]) < nbytes:
-            self.buffers[self.turn] = torch.empty(nbytes, dtype=torch.uint8)
-        return self.buffers[self.turn][:nbytes]
-
-    def write(self, file: Any, data: torch.Tensor) -> None:
-        """Write the buffer that `free` gave last."""
-        self.pending[self.turn] = self.pool.submit(_write_all, file, data.numpy().data)
-
-    def flush(self) -> None:
-        """Wait for all writes."""
-        for waiting in self.pending:
-            if waiting is not None:
-                waiting.result()
-        self.pending = [None] * BUFFERS
-
-
-def _write_all(file: Any, view: memoryview) -> None:
-    while len(view):
-        view = view[file.write(view) :]
+    @property
+    def whole(self) -> bool:
+        """True if the weight must be in memory whole, so that one at a time is enough."""
+        return self.edit.dequantize or needs_all_rows(self.edit)
 
 
 def write_stream(plan: Plan, out: Path, max_shard_size: int | None, compute_dtype: torch.dtype) -> MergeCount:
@@ -88,16 +58,12 @@ def write_stream(plan: Plan, out: Path, max_shard_size: int | None, compute_dtyp
         shards = {_file_name(s): [e.place.slot(n) for n, e in found.items()] for s, found in plan.shards.items()}
     else:
         shards = split_shards([edit.place.slot(name) for name, edit in edits.items()], max_shard_size)
-    count = MergeCount()
-    with ThreadPoolExecutor(1) as pool:
-        pipe = _Pipe(pool)
-        for shard, slots in shards.items():
-            with (out / shard).open("wb", buffering=0) as file:
-                _write_all(file, memoryview(header_of(slots)))
-                for slot in slots:
-                    _write_tensor(slot, edits[slot.name], file, pipe, compute_dtype, count)  # in the file's order
-                pipe.flush()
+    jobs = [job for shard, slots in shards.items() for job in _laid_out(out / shard, slots, edits)]
+    space = Workspace()
+    counts = [_write_tensor(job, space, compute_dtype) for job in jobs if job.whole]
+    counts += _in_parallel(deque(job for job in jobs if not job.whole), space, compute_dtype)
     write_index(out, shards)
+    count = MergeCount(*(sum(column) for column in zip(*map(astuple, counts), strict=True)))
     if count.merged + count.saved == count.swallowed:
         raise ModelError(
             f"merged model equals its base {edits[next(iter(edits))].place.file.parent}: no update survives rounding; "
@@ -110,57 +76,79 @@ def _file_name(shard: str) -> str:
     return shard.replace("pytorch_model", "model").replace(".bin", ".safetensors")
 
 
-def _write_tensor(  # noqa: PLR0913
-    slot: Slot, edit: Edit, file: Any, pipe: _Pipe, compute_dtype: torch.dtype, count: MergeCount
-) -> None:
-    count.total += 1
-    if edit.copied:
-        _copy(edit, file, pipe)
-        return
+def _laid_out(file: Path, slots: list[Slot], edits: dict[str, Edit]) -> Iterator[_Job]:
+    """Write the header, give the file its size; then a job for each tensor."""
+    header = header_of(slots)
+    file.write_bytes(header)
+    offset = len(header)
+    for slot in slots:
+        yield _Job(slot, edits[slot.name], file, offset)
+        offset += slot.nbytes
+    os.truncate(file, offset)
+
+
+def _in_parallel(jobs: deque[_Job], space: Workspace, compute_dtype: torch.dtype) -> list[MergeCount]:
+    """Do all jobs, one torch thread a worker: a chunk is too small to be worth dividing further."""
+    workers = min(MAX_WORKERS, len(os.sched_getaffinity(0)))
+    with one_thread(), ThreadPoolExecutor(workers) as pool:
+        running = [pool.submit(_take_jobs, jobs, space, compute_dtype) for _ in range(workers)]
+        try:
+            return [count for done in running for count in done.result()]
+        finally:
+            jobs.clear()  # after an error or an interrupt the others stop as well
+
+
+def _take_jobs(jobs: deque[_Job], space: Workspace, compute_dtype: torch.dtype) -> list[MergeCount]:
+    counts: list[MergeCount] = []
+    while True:
+        try:
+            job = jobs.popleft()
+        except IndexError:
+            return counts
+        counts.append(_write_tensor(job, space, compute_dtype))
+
+
+def _write_tensor(job: _Job, space: Workspace, compute_dtype: torch.dtype) -> MergeCount:
+    slot, edit = job.slot, job.edit
     changed = False
-    width = math.prod(slot.shape[1:])
-    step = rows_at_a_time(edit) if slot.shape else 1
-    for first, rows in _rows(edit, pipe, compute_dtype, step):
-        data = pipe.free(len(rows) * width * slot.dtype.itemsize)
-        result = data.view(slot.dtype).view(len(rows), width)
-        if edit.update is not None:
-            add_rows(slot.name, edit, first, rows, result, pipe.space)
-        else:
-            result.copy_(rows)
-            check_finite(slot.name, result)
-        changed = changed or not torch.equal(result, rows.to(slot.dtype))
-        pipe.write(file, data)
-    count.dequantized += edit.dequantize
-    count.saved += edit.saved is not None
-    count.merged += edit.update is not None
-    count.swallowed += edit.update is not None and not changed
+    with job.file.open("r+b", buffering=0) as file:
+        file.seek(job.offset)
+        for first, rows in _rows(edit, space, compute_dtype):
+            result = rows
+            if not edit.copied:
+                result = space.take("out", tuple(rows.shape), slot.dtype)
+                if edit.update is not None:
+                    add_rows(slot.name, edit, first, rows, result, space)
+                else:
+                    result.copy_(rows)
+                    check_finite(slot.name, rows, result)
+                changed = changed or not torch.equal(result, rows.to(slot.dtype))
+            view = result.reshape(-1).view(torch.uint8).numpy().data
+            while len(view):
+                view = view[file.write(view) :]
+    return MergeCount(
+        total=1,
+        merged=edit.update is not None,
+        swallowed=edit.update is not None and not changed,
+        dequantized=edit.dequantize,
+        saved=edit.saved is not None,
+    )
 
 
-def _rows(edit: Edit, pipe: _Pipe, compute_dtype: torch.dtype, step: int) -> Iterator[tuple[int, torch.Tensor]]:
+def _rows(edit: Edit, space: Workspace, compute_dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
     """First row and rows of each chunk of the weight that the edit starts from, (rows, columns)."""
     place = edit.place
     height, width = (place.shape[0], math.prod(place.shape[1:])) if place.shape else (1, 1)
+    step = rows_at_a_time(edit)
     if edit.saved is not None or edit.dequantize:
         whole = edit.saved if edit.saved is not None else round_trip(place.read(), compute_dtype)
         whole = whole.reshape(height, width)
         for first in range(0, height, step):
             yield first, whole[first : first + step]
         return
-    line = width * place.dtype.itemsize
     with place.file.open("rb", buffering=0) as file:
         for first in range(0, height, step):
-            count = min(step, height - first)
-            data = pipe.read(file.fileno(), place.offset + first * line, count * line)
-            yield first, data.view(place.dtype).view(count, width)
-
-
-def _copy(edit: Edit, file: Any, pipe: _Pipe) -> None:
-    """The bytes as they are, inside the kernel where it can."""
-    pipe.flush()
-    offset, left = edit.place.offset, edit.place.slot("").nbytes
-    with edit.place.file.open("rb", buffering=0) as source:
-        while left:
-            sent = os.sendfile(file.fileno(), source.fileno(), offset, min(left, COPY_BYTES))
-            if sent == 0:
-                raise ModelError(f"{edit.place.file}: ends at byte {offset}; it changed while it was read")
-            offset, left = offset + sent, left - sent
+            rows = space.take("in", (min(step, height - first), width), place.dtype)
+            offset = place.offset + first * width * place.dtype.itemsize
+            read_into(file.fileno(), offset, rows.view(-1).view(torch.uint8))
+            yield first, rows

@@ -220,7 +220,7 @@ def test_recipes_are_listed_shown_and_copied_once(folder: Path) -> None:
     [
         (("chat", "no-such-folder"), "no-such-folder: no such folder"),
         (("chat", "."), "no config.json"),
-        (("convert", "merge", "a", "b", "c", "--base", "half"), "say full or dequantized"),
+        (("convert", "merge", "a", "b", "c", "--base", "half"), "say full, dequantized or auto"),
     ],
 )
 def test_wrong_arguments_are_named(folder: Path, arguments: tuple[str, ...], words: str) -> None:
