@@ -1,7 +1,9 @@
 """`sft run`, `sft train`, `sft explain`."""
 
+import os
 import sys
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,11 +17,27 @@ SetOption = Annotated[
 ]
 
 
-def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
+def run(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    rehearse: Annotated[
+        bool,
+        typer.Option("--rehearse", help="Try the recipe on CPU first: tiny random weights, few rows, scratch store."),
+    ] = False,
+    rehearse_rows: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Rows for a rehearsal, of a source that cannot be reached. Repeatable."),
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep what a rehearsal made.")] = False,
+) -> None:
     """Retrain: all eight steps as a Prefect flow, the result in the MLflow registry.
 
     Steps whose inputs did not change are reused from the store. With no Prefect server configured (PREFECT_API_URL), a
     temporary one is used; MLflow is what MLFLOW_TRACKING_URI says, ./mlflow.db by default.
+
+    With --rehearse the same flow runs on a recipe made from this one, in about a minute and on CPU: a tiny random model
+    of the same architecture with the real tokenizer, the first rows of every source, three optimizer steps, a scratch
+    registry.
 
     Example: sft run demo --set train.num_train_epochs=2
     """
@@ -29,9 +47,16 @@ def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
     from sft_core.plan import plan_recipe
     from sft_core.recipe import parse_settings, resolve
 
+    if (rehearse_rows or keep) and not rehearse:
+        raise typer.BadParameter("--rehearse-rows and --keep go with --rehearse")
     clock = time.monotonic()
     overrides = parse_settings(set_ or [])
     resolved = resolve(recipe, overrides)
+    if rehearse:
+        from cli.rehearse import rehearse as rehearse_recipe
+
+        rehearse_recipe(resolved, rehearse_rows or [], keep, lambda file: _run_flow(file, {}))
+        return
     print(f"planning {resolved.name}: hashing the sources and the base model", file=sys.stderr, flush=True)
     plan = plan_recipe(resolved)
     result = _registered_already(resolved, plan)
@@ -40,24 +65,37 @@ def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
     print_summary(Console(), resolved, plan, result, time.monotonic() - clock)
 
 
-def train(recipe: RecipeArgument, set_: SetOption = None) -> None:
-    """Fetch, normalize, pack and train on this machine, without Prefect and MLflow.
+def train(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    deepspeed: Annotated[
+        str | None,
+        typer.Option(metavar="PRESET", help="train.deepspeed: zero1 to zero3, zero2_offload, ..., or a JSON file."),
+    ] = None,
+    launcher: Annotated[
+        str | None,
+        typer.Option(metavar="torchrun|slurm|none", help="What starts the ranks; torchrun for several by default."),
+    ] = None,
+    ddp_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="How long ranks wait for one another before the run is an error.")
+    ] = 600,
+) -> None:
+    """Fetch, normalize, pack and train, without Prefect and MLflow, on one machine or several.
 
     Leaves the checkpoint in the recipe's store and prints where. Started again after a crash, it goes on from the last
-    complete checkpoint. Next: sft convert pth-to-hf.
+    complete checkpoint. Several machines: NNODES, NODE_RANK, ADDR, PORT and NPROC_PER_NODE in the environment, the same
+    command on each; or srun with --launcher slurm. Exit status: 0 done, 1 an error, 75 stopped by SIGTERM after saving,
+    130 Ctrl-C. Next: sft convert pth-to-hf.
     """
-    from sft_core.plan import plan_recipe
-    from sft_core.recipe import parse_settings, resolve
-    from sft_core.steps import Retraining, run_step
-    from sft_core.store import Store
+    from cli.launch import read_launch, train_as, with_ranks
+    from sft_core.recipe import merge_keys, parse_settings, resolve
 
-    resolved = resolve(recipe, parse_settings(set_ or []))
-    retraining = Retraining(resolved, plan_recipe(resolved), Store(resolved.store))
-    for key in retraining.plan.steps:
-        if key.startswith("fetch/") or key in ("normalize", "pack", "train"):
-            built = run_step(retraining, key)
-            print(f"{key}: {'reused' if built.reused else 'built'} {built.artifact.uri}", flush=True)
-    print(f"checkpoint: {retraining.folder('train') / 'checkpoint'}")
+    launch = read_launch(os.environ, launcher, ddp_timeout)
+    overrides = parse_settings(set_ or [])
+    if deepspeed is not None:
+        overrides = merge_keys(overrides, {"train": {"deepspeed": deepspeed}})
+    resolved = resolve(recipe, with_ranks(os.environ, launch, overrides, resolve(recipe, overrides)))
+    train_as(launch, resolved)
 
 
 def explain(recipe: RecipeArgument, set_: SetOption = None) -> None:

@@ -57,14 +57,14 @@ def _figures(manifests: dict[str, Manifest]) -> list[str]:
         rows, facts = normalize.ledger["rows"], normalize.facts
         lines.append(
             f"[bold]rows[/]      {rows['in']:,} in = {facts['train_rows']:,} to train on + {facts['heldout_rows']:,} "
-            f"held out + {_set_aside(rows)}"
+            f"held out + {set_aside(rows)}"
         )
     if (pack := manifests.get("pack")) is not None:
         facts = pack.facts
         lines.append(
             f"[bold]tokens[/]    {facts['tokens']:,}, {facts['supervised_tokens']:,} of them trained, in "
             f"{facts['packed_rows']:,} packed rows, {facts['fill']:.1%} full; sequences: "
-            f"{_set_aside(pack.ledger['sequences'])}"
+            f"{set_aside(pack.ledger['sequences'])}"
         )
     if (train := manifests.get("train")) is not None:
         facts = train.facts
@@ -74,11 +74,12 @@ def _figures(manifests: dict[str, Manifest]) -> list[str]:
         )
     if (evaluate := manifests.get("evaluate/tuned")) is not None and any(evaluate.ledger["rows"]["set_aside"].values()):
         rows = evaluate.ledger["rows"]
-        lines.append(f"[bold]held out[/]  {rows['in']:,} rows = {rows['out']:,} scored + {_set_aside(rows)}")
+        lines.append(f"[bold]held out[/]  {rows['in']:,} rows = {rows['out']:,} scored + {set_aside(rows)}")
     return lines
 
 
-def _set_aside(entry: dict[str, Any]) -> str:
+def set_aside(entry: dict[str, Any]) -> str:
+    """A ledger entry's reasons: `3 set aside (empty_answer 3)`."""
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in entry["set_aside"].items() if count)
     return f"{sum(entry['set_aside'].values()):,} set aside{f' ({reasons})' if reasons else ''}"
 
