@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from cli import convert, data, recipes, run
+from cli import convert, data, models, recipes, run
 from cli.chat import chat
 from cli.environment import DEBUG, debugging, quiet_libraries, set_defaults
 from sft_core.errors import SftError
@@ -26,6 +26,7 @@ app.command()(run.explain)
 app.command()(chat)
 app.add_typer(convert.app, name="convert")
 app.add_typer(data.app, name="data")
+app.add_typer(models.app, name="models")
 app.add_typer(recipes.app, name="recipes")
 
 

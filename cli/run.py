@@ -44,6 +44,7 @@ def run(
     from rich.console import Console
 
     from cli.summary import print_summary
+    from sft_core.errors import RecipeError
     from sft_core.plan import plan_recipe
     from sft_core.recipe import parse_settings, resolve
 
@@ -57,6 +58,9 @@ def run(
 
         rehearse_recipe(resolved, rehearse_rows or [], keep, lambda file: _run_flow(file, {}))
         return
+    for key in ("datasets", "eval_datasets"):
+        if key in overrides:
+            raise RecipeError(f"--set {key}: the data sets of a run are its recipe's; edit a copy (sft recipes copy)")
     print(f"planning {resolved.name}: hashing the sources and the base model", file=sys.stderr, flush=True)
     plan = plan_recipe(resolved)
     result = _registered_already(resolved, plan)

@@ -1,4 +1,7 @@
-"""retrain: the parent. Resolves the recipe once, names every artifact, then prepare -> train -> publish."""
+"""retrain: the parent. Resolves the recipe once, names every artifact, then prepare -> train -> publish.
+
+Where prepare found too few new rows, the run ends as `Skipped` before anything is trained.
+"""
 
 from pathlib import PurePath
 from typing import Any
@@ -6,6 +9,7 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
+from prefect.states import Completed
 
 from flows.job import run_part
 from flows.prepare import prepare
@@ -22,10 +26,13 @@ from sft_core.recipe.overrides import (
     NormalizeOverrides,
     PackOverrides,
     RegisterOverrides,
+    ScheduleOverrides,
     TrainOverrides,
     collect_overrides,
 )
 from sft_core.recipe.show import as_markdown
+from tasks.run_step import call
+from tasks.schedule import reason_to_skip
 
 
 def _run_name() -> str:
@@ -37,6 +44,7 @@ def retrain(  # noqa: PLR0913 - one parameter a section, as the form shows them
     recipe: str,
     general: GeneralOverrides | None = None,
     base_model: BaseModelOverrides | None = None,
+    schedule: ScheduleOverrides | None = None,
     normalize: NormalizeOverrides | None = None,
     pack: PackOverrides | None = None,
     train: TrainOverrides | None = None,
@@ -44,13 +52,14 @@ def retrain(  # noqa: PLR0913 - one parameter a section, as the form shows them
     evaluate: EvaluateOverrides | None = None,
     register: RegisterOverrides | None = None,
     compute: ComputeOverrides | None = None,
-) -> dict[str, Any] | None:
-    """Retrain one model.
+) -> Any:
+    """Retrain one model. Gives what was registered, None where a deployment did it, or the state `Skipped`.
 
     Args:
         recipe: Name of a shipped recipe, a path, or an fsspec URL.
         general: Name, seed, store and held-out fraction, where they differ from the recipe.
         base_model: Keys that differ from the recipe.
+        schedule: Keys that differ from the recipe.
         normalize: Keys that differ from the recipe.
         pack: Keys that differ from the recipe.
         train: Keys that differ from the recipe.
@@ -61,6 +70,7 @@ def retrain(  # noqa: PLR0913 - one parameter a section, as the form shows them
     """
     sections = {
         "base_model": base_model,
+        "schedule": schedule,
         "normalize": normalize,
         "pack": pack,
         "train": train,
@@ -73,5 +83,8 @@ def retrain(  # noqa: PLR0913 - one parameter a section, as the form shows them
     create_markdown_artifact(as_markdown(resolved), key="recipe", description="The resolved recipe of this run")
     plan = plan_recipe(resolved)
     run_part(prepare, resolved.compute.prepare, resolved, plan)
+    skipped = call(reason_to_skip, resolved, plan)
+    if skipped is not None:
+        return Completed(name="Skipped", message=skipped)
     run_part(train_flow, resolved.compute.train, resolved, plan)
     return run_part(publish, resolved.compute.publish, resolved, plan)

@@ -7,6 +7,7 @@ decides anything: if it says nothing new, MLflow holds what it held.
 import json
 import logging
 import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +32,10 @@ MAX_PARAM_LENGTH = 500
 METRICS_A_BATCH = 1000
 FOLLOW_SECONDS = 5.0
 """Between two sendings of new training metrics."""
-TRAINING_METRICS = ("loss", "learning_rate", "grad_norm", "epoch", "tokens", "supervised_tokens", "tokens_per_second")
+TRAINING_METRICS = (
+    *("loss", "eval_loss", "learning_rate", "grad_norm", "epoch"),
+    *("tokens", "supervised_tokens", "tokens_per_second"),
+)
 
 
 @cache
@@ -68,6 +72,7 @@ class PartRun:
                 Metric(f"train/{name}", entry[name], entry["time"], entry["optimizer_step"])
                 for entry in entries[skip:]
                 for name in TRAINING_METRICS
+                if name in entry
             ]
         )
         return len(entries)
@@ -162,8 +167,23 @@ def _record_recipe(run_id: str, recipe: Recipe, plan: Plan) -> None:
     client().log_dict(run_id, values, "recipe.json")
     client().log_dict(run_id, plan.as_dict(), "plan.json")
     params = [Param(key, text[:MAX_PARAM_LENGTH]) for key, text in flatten(values).items()]
-    tags = [RunTag("sft.recipe", recipe.name), RunTag("sft.commit", os.environ.get("GIT_SHA", ""))]
+    tags = [RunTag("sft.recipe", recipe.name), RunTag("sft.commit", code_version())]
     client().log_batch(run_id, params=params, tags=[tag for tag in tags if tag.value])
+
+
+def code_version() -> str:
+    """The project's commit: GIT_SHA, else what git says of its folder (`+` after it: with changes); may be empty."""
+    if "GIT_SHA" in os.environ:
+        return os.environ["GIT_SHA"]
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "--", ".."], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return f"{head}+" if changes.stdout else head
 
 
 def flatten(value: Any, key: str = "") -> dict[str, str]:

@@ -33,9 +33,11 @@ def load_tokenizer(source: TokenizerSource) -> Any:
     from transformers import AutoTokenizer  # imports torch
 
     try:
-        return AutoTokenizer.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"{source.path}: no tokenizer can be loaded: {str(error).splitlines()[0]}") from None
+    tokenizer.init_kwargs.pop("local_files_only", None)  # follows HF_HUB_OFFLINE, and would be saved
+    return tokenizer
 
 
 @lru_cache(maxsize=1)

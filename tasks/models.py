@@ -1,0 +1,132 @@
+"""Change by hand which version consumers load: promote, roll back. Each is serialised, checked and kept in the history.
+
+In: a model's name, a version, a reason. Out: `Moved`. The target is loaded before any alias moves; a version that was
+rolled back is barred, and its merged model never becomes champion again.
+"""
+
+import getpass
+from dataclasses import dataclass
+
+from sft_core.errors import RegistryError
+from sft_core.load_check import check_loads
+from tasks.lineage import read_recorded
+from tasks.registry import (
+    JUDGED_AGAINST,
+    NO_CHAMPION,
+    PROMOTE,
+    REPLACED,
+    RegisteredVersion,
+    bar,
+    barred_because,
+    find_champion,
+    model_folder,
+    read_aliases,
+    read_version,
+    write_history,
+)
+from tasks.registry_lock import registry_lock
+from tasks.tracking import client
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """The alias `champion` went from one version to another."""
+
+    model_name: str
+    before: str | None
+    after: str
+
+
+def promote(model_name: str, wanted: str, reason: str, *, override_gate: bool = False) -> Moved:
+    """Make a version the champion. RegistryError unless the gate decided so against the present champion, or it is
+    overridden; a barred one is refused in any case."""
+    version, champion = read_version(model_name, wanted), find_champion(model_name)
+    if champion is not None and champion.number == version.number:
+        raise RegistryError(f"{model_name} version {version.number} is the champion already")
+    _refuse_barred(model_name, version)
+    if not override_gate:
+        _require_verdict(model_name, version, champion)
+    _check(model_name, version)
+    with registry_lock(model_name):
+        _require_unmoved(model_name, champion)
+        _refuse_barred(model_name, version)
+        move_champion(model_name, version.number, champion, f"promoted by {getpass.getuser()}: {reason}")
+    return Moved(model_name, champion.number if champion else None, version.number)
+
+
+def rollback(model_name: str, reason: str, to: str | None = None) -> Moved:
+    """Give consumers the previous version (or `to`) again, and bar the present champion from coming back."""
+    champion = find_champion(model_name)
+    if champion is None:
+        raise RegistryError(f"{model_name} has no champion: there is nothing to roll back")
+    if to is None and "previous" not in read_aliases(model_name):
+        raise RegistryError(
+            f"{model_name} has no alias `previous`: name a version with --to; `sft models list` has all"
+        )
+    version = read_version(model_name, to or "previous")
+    if version.number == champion.number:
+        raise RegistryError(f"{model_name} version {version.number} is the champion: name another one with --to")
+    _refuse_barred(model_name, version)
+    _check(model_name, version)
+    with registry_lock(model_name):
+        _require_unmoved(model_name, champion)
+        bar(model_name, champion, reason)
+        words = f"rolled back from {champion.number} to {version.number} by {getpass.getuser()}: {reason}"
+        client().set_registered_model_alias(model_name, "champion", version.number)
+        _set_previous(model_name, version)
+        write_history(model_name, words)
+    return Moved(model_name, champion.number, version.number)
+
+
+def move_champion(model_name: str, number: str, champion: RegisteredVersion | None, why: str) -> None:
+    """`champion` to `number`, `previous` to the one before. To be called under the registry's lock."""
+    if champion is not None and champion.number != number:
+        client().set_model_version_tag(model_name, number, REPLACED, champion.number)
+        client().set_registered_model_alias(model_name, "previous", champion.number)
+    client().set_registered_model_alias(model_name, "champion", number)
+    write_history(model_name, f"{champion.number if champion else NO_CHAMPION} -> {number}: {why}")
+
+
+def _set_previous(model_name: str, version: RegisteredVersion) -> None:
+    """The champion before `version`, where there was one and it was never rolled back itself; else none."""
+    earlier = version.tags.get(REPLACED)
+    if earlier is not None and barred_because(model_name, read_version(model_name, earlier).merged_fingerprint) is None:
+        client().set_registered_model_alias(model_name, "previous", earlier)
+    elif "previous" in read_aliases(model_name):
+        client().delete_registered_model_alias(model_name, "previous")
+
+
+def _refuse_barred(model_name: str, version: RegisteredVersion) -> None:
+    reason = barred_because(model_name, version.merged_fingerprint)
+    if reason is not None:
+        raise RegistryError(f"{model_name} version {version.number} was rolled back and stays barred: {reason}")
+
+
+def _require_verdict(model_name: str, version: RegisteredVersion, champion: RegisteredVersion | None) -> None:
+    against = champion.number if champion is not None else NO_CHAMPION
+    judged = version.tags.get(JUDGED_AGAINST)
+    if version.tags.get(PROMOTE) != "true":
+        raise RegistryError(
+            f"{model_name} version {version.number}: the gate said {version.verdict!r}; --override-gate promotes it"
+        )
+    if judged != against:
+        raise RegistryError(
+            f"{model_name} version {version.number} was judged against {judged}, the champion is {against}: retrain to "
+            "judge anew, or --override-gate"
+        )
+
+
+def _require_unmoved(model_name: str, champion: RegisteredVersion | None) -> None:
+    now = find_champion(model_name)
+    if (now and now.number) != (champion and champion.number):
+        raise RegistryError(
+            f"{model_name}: the champion moved from {champion and champion.number} to {now and now.number} meanwhile; "
+            "nothing was changed. Look at `sft models list` and decide again"
+        )
+
+
+def _check(model_name: str, version: RegisteredVersion) -> None:
+    recorded = read_recorded(model_name, version)
+    trust = bool(recorded.recipe["base_model"]["trust_remote_code"])
+    folder = model_folder(model_name, version)
+    check_loads(folder, recorded.manifests.get("merge") or recorded.manifests.get("convert"), trust_remote_code=trust)

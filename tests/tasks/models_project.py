@@ -1,0 +1,117 @@
+"""A registry with two versions, made by two real `sft run`s: built once a session, and copied by whoever changes it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+from filelock import FileLock
+from mlflow.tracking import MlflowClient
+
+from tasks import tracking
+
+ROOT = Path(__file__).parents[2]
+RUN_SECONDS = 280
+RECIPE = """
+name: orders
+store: {folder}/store
+base_model: {{path: {folder}/base}}
+datasets: [{{path: "{folder}/rows.jsonl", map_fn: "{folder}/reader.py:read"}}]
+eval_fraction: 0.2
+pack: {{max_length: 64, chat_template: chatml}}
+train:
+  dtype: float32
+  lora: {{r: 4, lora_alpha: 8, lora_dropout: 0.0}}
+  max_steps: 3
+  per_device_train_batch_size: 2
+  gradient_accumulation_steps: 1
+  learning_rate: 1.0e-2
+  gradient_checkpointing: false
+evaluate: {{max_new_tokens: 4, max_generated_rows: 2}}
+"""
+READER = """
+def read(row):
+    return {"conversation": [{"input": row["ask"], "output": row["say"]}]}
+"""
+VERSIONS = ((range(60), 3), (range(5, 70), 8))
+"""Numbers of the rows, optimizer steps."""
+
+
+def row(number: int) -> dict[str, str]:
+    return {"ask": f"say w{number}", "say": f"w{number}"}
+
+
+def write_rows(folder: Path, numbers: range) -> None:
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row(number)) + "\n" for number in numbers))
+
+
+def environment(folder: Path, database: Path) -> dict[str, str]:
+    settings = {
+        "PREFECT_HOME": str(folder / "prefect"),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{database}",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    return {**{name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}, **settings}
+
+
+def build(folder: Path, tiny_model: Path) -> None:
+    """Version 1, then version 2 with other rows and more steps; both promoted."""
+    shutil.copytree(tiny_model, folder / "base")
+    (folder / "reader.py").write_text(READER)
+    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
+    for numbers, steps in VERSIONS:
+        write_rows(folder, numbers)
+        done = subprocess.run(
+            [sys.executable, "-m", "cli.main", "run", "recipe.yaml", "--set", f"train.max_steps={steps}"],
+            cwd=folder,
+            env=environment(folder, folder / "mlflow.db"),
+            capture_output=True,
+            text=True,
+            timeout=RUN_SECONDS,
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.fixture(scope="session")
+def built_project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """The project's folder; do not write to its database. Workers of one session share it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = shared / "models-project"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "built").is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            build(folder, tiny_model)
+            (folder / "built").touch()
+    return folder
+
+
+@pytest.fixture
+def registry(built_project: Path, tmp_path: Path) -> Iterator[MlflowClient]:
+    """The registry as the two runs left it, in a database of the test's own."""
+    yield from connected(shutil.copyfile(built_project / "mlflow.db", tmp_path / "mlflow.db"))
+
+
+@pytest.fixture
+def empty_registry(tmp_path: Path) -> Iterator[MlflowClient]:
+    yield from connected(tmp_path / "mlflow.db")
+
+
+def connected(database: Path) -> Iterator[MlflowClient]:
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{database}")
+    tracking.client.cache_clear()
+    yield tracking.client()
+    mlflow.set_tracking_uri(before)
+    tracking.client.cache_clear()
+
+
+def aliases(client: MlflowClient) -> dict[str, str]:
+    return {alias: str(number) for alias, number in client.get_registered_model("orders").aliases.items()}

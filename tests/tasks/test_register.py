@@ -1,0 +1,144 @@
+"""Registering: one version a model however many processes try, and a verdict that rests on the present champion."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow.tracking import MlflowClient
+
+from sft_core.errors import RegistryError
+from tasks import registry_lock
+from tasks.registry import read_versions
+from tests.tasks.models_project import (
+    ROOT,
+    aliases,
+    built_project,
+    empty_registry,
+    environment,
+    registry,
+)
+
+__all__ = ["built_project", "empty_registry", "registry"]
+pytestmark = pytest.mark.slow
+RACE_SECONDS = 280
+
+
+def race(built: Path, folder: Path, numbers: list[str]) -> None:
+    """Register versions of the built project in `folder`'s registry, all at once, a process each."""
+    gate = folder / "gate"
+    settings = {**environment(built, folder / "mlflow.db"), "SFT_BUILT": f"sqlite:///{built}/mlflow.db"}
+    command = [sys.executable, "-m", "tests.tasks.register_once"]
+    racers = [
+        subprocess.Popen([*command, number, str(gate)], cwd=ROOT, env=settings, stdout=subprocess.PIPE, text=True)
+        for number in numbers
+    ]
+    for racer in racers:
+        assert racer.stdout is not None
+        assert "ready\n" in iter(racer.stdout.readline, ""), "it ended before it was ready"
+    gate.touch()
+    assert [racer.wait(RACE_SECONDS) for racer in racers] == [0] * len(racers)
+
+
+def test_two_processes_make_one_version_of_one_model(
+    built_project: Path, empty_registry: MlflowClient, tmp_path: Path
+) -> None:
+    empty_registry.search_experiments()  # the tables are there before the race
+    race(built_project, tmp_path, ["1", "1"])
+    assert [version.number for version in read_versions("orders")] == ["1"]
+    assert aliases(empty_registry) == {"candidate": "1", "champion": "1"}
+    assert [model.name for model in empty_registry.search_registered_models()] == ["orders"]
+
+
+def test_of_two_models_the_later_is_judged_against_the_earlier(
+    built_project: Path, empty_registry: MlflowClient, tmp_path: Path
+) -> None:
+    empty_registry.search_experiments()
+    race(built_project, tmp_path, ["1", "2"])
+    first, second = read_versions("orders")
+    assert first.tags["sft.judged_against"] == "none"
+    assert second.tags["sft.judged_against"] == "1"
+    assert "champion" in second.verdict
+
+
+def test_the_gate_never_promotes_a_model_that_was_rolled_back(
+    built_project: Path, empty_registry: MlflowClient, tmp_path: Path
+) -> None:
+    merged = version_of(built_project, "1")["sft.merged_fingerprint"]
+    empty_registry.create_registered_model("orders", {f"sft.barred.{merged}": "answers in French"})
+    race(built_project, tmp_path, ["1"])
+    (version,) = read_versions("orders")
+    assert version.verdict.startswith("not promoted: beats the base")
+    assert "this model was rolled back: answers in French" in version.verdict
+    assert aliases(empty_registry) == {"candidate": "1"}
+
+
+def version_of(built: Path, number: str) -> dict[str, str]:
+    client = MlflowClient(f"sqlite:///{built}/mlflow.db")
+    return dict(client.get_model_version("orders", number).tags)
+
+
+def test_the_adapter_of_a_version_loads_with_peft(registry: MlflowClient) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    version = registry.get_model_version_by_alias("orders", "champion")
+    adapter = mlflow.artifacts.download_artifacts(f"runs:/{version.run_id}/adapter")
+    base = AutoModelForCausalLM.from_pretrained(version.tags["sft.base_model"])
+    norms = [
+        w.norm().item() for name, w in PeftModel.from_pretrained(base, adapter).named_parameters() if "lora_B" in name
+    ]
+    assert norms
+    assert min(norms) > 0
+
+
+def test_a_version_names_all_that_it_rests_on(registry: MlflowClient, built_project: Path) -> None:
+    entry = registry.get_model_version("orders", "2")
+    assert entry.tags["sft.base_model"] == str(built_project / "base")
+    assert {key for key, value in entry.tags.items() if len(value) == 64} >= {
+        *(f"sft.{step}" for step in ("fetch.0", "normalize", "pack", "train", "convert", "merge", "evaluate.tuned")),
+        *("sft.merged_fingerprint", "sft.base_model_fingerprint", "sft.retraining"),
+    }
+    assert len(entry.tags["sft.prefect_flow_run_id"]) == 36
+    assert entry.tags["sft.promote"] == "true"
+    assert float(entry.tags["sft.tuned.loss"]) < float(entry.tags["sft.base.loss"])
+    for heading in ("# orders", "## Data", "## Training", "## Scores", "## Ancestry"):
+        assert heading in entry.description
+    run = registry.get_run(entry.run_id)
+    inputs = {(i.dataset.name.rsplit("/", 1)[-1], i.dataset.digest) for i in run.inputs.dataset_inputs}
+    raw, conversations = entry.tags["sft.fetch.0"][:32], entry.tags["sft.normalize"][:32]
+    assert inputs == {
+        ("rows.jsonl", raw),
+        ("conversations-train", conversations),
+        ("conversations-heldout", conversations),
+    }
+    assert len(run.outputs.model_outputs) == 1
+    (adapter,) = (f for f in registry.list_artifacts(entry.run_id, "adapter") if f.path.endswith("_model.safetensors"))
+    assert adapter.file_size > 0
+
+
+def test_the_lock_is_held_by_one_and_passed_over_when_its_holder_died(
+    empty_registry: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry_lock, "WAIT_SECONDS", 0.5)
+
+    def take() -> None:
+        with registry_lock.registry_lock("orders"):
+            pass
+
+    with registry_lock.registry_lock("orders"), pytest.raises(RegistryError, match=r"orders\.lock: held by others"):
+        take()
+    take()  # given back
+    empty_registry.create_registered_model("orders.lock", description="of a process that died")
+    with pytest.raises(RegistryError, match="held by others"):
+        take()
+    monkeypatch.setattr(registry_lock, "STALE_SECONDS", 0.0)
+    take()
+    assert list(empty_registry.search_registered_models()) == []
+
+
+def test_the_lock_is_given_back_when_the_work_fails(empty_registry: MlflowClient) -> None:
+    with pytest.raises(ZeroDivisionError), registry_lock.registry_lock("orders"):
+        _ = 1 / 0
+    assert list(empty_registry.search_registered_models()) == []
