@@ -62,6 +62,7 @@ class HeldOutWriter:
         self._out, self._quarantine, self._aside, self._tally = out, quarantine, aside, tally
         self._next = self._parts = 0
         self._pending: list[pa.Table] = []
+        self._rows = self._bytes = 0
 
     def add_shard(self, shard: Shard) -> None:
         """The rows that a shard set aside, and its candidates."""
@@ -79,7 +80,7 @@ class HeldOutWriter:
             path = self._out / "heldout" / f"part-{self._parts:05d}.parquet"
             path.write_bytes(parquet_bytes(pa.concat_tables(self._pending).combine_chunks()))
             self._parts += 1
-            self._pending = []
+            self._pending, self._rows, self._bytes = [], 0, 0
 
     def _take(self, table: pa.Table) -> None:
         turns, characters = sizes(table)
@@ -90,8 +91,8 @@ class HeldOutWriter:
             amount = Amount(int(kept.sum()), int(turns[kept].sum()), int(characters[kept].sum()))
             self._tally.hold_out(table.column("dataset")[0].as_py(), amount)
             self._pending.append(table.filter(pa.array(kept)))
-            held = self._pending
-            if sum(map(len, held)) >= MOST_ROWS or sum(part.nbytes for part in held) >= MOST_BYTES:
+            self._rows, self._bytes = self._rows + len(self._pending[-1]), self._bytes + self._pending[-1].nbytes
+            if self._rows >= MOST_ROWS or self._bytes >= MOST_BYTES:
                 self.close()
         for row in np.flatnonzero(~kept).tolist():
             why, record = asides[row], table.slice(row, 1).to_pylist()[0]
