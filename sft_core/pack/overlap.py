@@ -4,6 +4,7 @@ In: the work on one shard, and its arguments. Out: the results in order. While o
 without Python's lock) or writes Parquet, another renders or labels; a few results at most wait to be taken.
 """
 
+import gc
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,7 @@ THREADS = 2
 
 def map_overlapped(work: Callable[[Any], Made], arguments: Sequence[Any]) -> Iterator[Made]:
     """As `map`. The first error in the order of `arguments` is raised, and what has not begun is dropped."""
+    gc.freeze()  # torch and transformers hold half a million objects: not to be looked through at each collection
     with ThreadPoolExecutor(THREADS) as threads:
         waiting: deque[Future[Made]] = deque()
         try:
@@ -27,3 +29,4 @@ def map_overlapped(work: Callable[[Any], Made], arguments: Sequence[Any]) -> Ite
                 yield waiting.popleft().result()
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
+            gc.unfreeze()
