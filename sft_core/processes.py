@@ -24,7 +24,7 @@ def default_processes() -> int:
 
 @contextmanager
 def process_mapper(processes: int) -> Iterator[Mapper]:
-    """`map` for one process, else a pool's. Nothing is started before there is work."""
+    """`map` for one process, else a pool's. Nothing is started before there is work for all of it."""
     if processes == 1:
         yield map
         return
@@ -32,6 +32,8 @@ def process_mapper(processes: int) -> Iterator[Mapper]:
     pool = ProcessPoolExecutor(processes, get_context("spawn"), _share_cores, (threads,))
 
     def mapper(work: Callable[[Any], Made], arguments: Sequence[Any]) -> Iterable[Made]:
+        if len(arguments) <= processes:  # done before a process has imported what it needs
+            return map(work, arguments)
         return pool.map(work, arguments)
 
     try:

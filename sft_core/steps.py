@@ -7,7 +7,7 @@ and the command line both come through here.
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from sft_core.normalize import NormalizeSource, normalize_dataset
 from sft_core.pack import TokenizerSource, pack_dataset
 from sft_core.plan import Plan, PlannedStep, library_versions
 from sft_core.recipe import Recipe
-from sft_core.shards import Mapper, Sharding, read_shard_list
+from sft_core.shards import Earlier, Mapper, NothingEarlier, Sharding, read_shard_list
 from sft_core.store import Store, list_files
 from sft_core.train import TrainInputs, train_adapter
 
@@ -50,6 +50,8 @@ class Retraining:
     on_line: Callable[[str], None] = print
     champion: Path | None = None
     mapper: Mapper = map
+    earlier: Earlier = NothingEarlier()
+    """What this recipe last built for the step at hand."""
 
     def folder(self, key: str) -> Path:
         """Local folder of an artifact that an earlier step wrote."""
@@ -60,9 +62,10 @@ class Retraining:
         """Under which name the store remembers what this recipe last built for `key`."""
         return f"{self.recipe.name}/{key.replace('/', '-')}"
 
-    def sharding(self, planned: PlannedStep) -> Sharding:
+    @property
+    def sharding(self) -> Sharding:
         """Shards of the step's last artifact are taken from there."""
-        return Sharding(self.store.earlier(self.hint(planned.key)), self.mapper)
+        return Sharding(self.earlier, self.mapper)
 
     def base_model(self) -> Path:
         """Local folder of the base model."""
@@ -75,9 +78,9 @@ def run_step(run: Retraining, key: str) -> Built:
     artifact = run.store.artifact(planned.step, planned.fingerprint)
     manifest = run.store.find(planned.step, planned.fingerprint)
     if manifest is not None:
-        if planned.step in SHARDED:
-            run.store.remember(run.hint(key), planned.step, planned.fingerprint)
         return Built(artifact, manifest, reused=True)
+    if planned.step in SHARDED:
+        run = replace(run, earlier=run.store.earlier(run.hint(key)))
     started, clock = datetime.now(UTC).isoformat(), time.monotonic()
     with run.store.staging(planned.step) as out:
         outcome = BUILDERS[planned.step](run, planned, out)
@@ -108,8 +111,8 @@ def run_step(run: Retraining, key: str) -> Built:
 
 
 def _say_shards(run: Retraining, planned: PlannedStep, out: Path) -> None:
-    shards, earlier = read_shard_list(out), run.store.earlier(run.hint(planned.key))
-    known = sum(earlier.find(shard.key) is not None for shard in shards)
+    shards = read_shard_list(out)
+    known = sum(run.earlier.find(shard.key) is not None for shard in shards)
     run.on_line(f"{planned.key}: {len(shards)} shards, {known} of them as in the last run")
 
 
@@ -118,7 +121,7 @@ def _fetch(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
     description = describe_source(dataset)
     if description.parts != planned.parts["source"]:
         raise SourceError(f"{dataset.path}: changed since this run was planned; start it again")
-    return fetch_dataset(dataset, out, description, run.sharding(planned))
+    return fetch_dataset(dataset, out, description, run.sharding)
 
 
 def _normalize(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
@@ -128,13 +131,13 @@ def _normalize(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
         NormalizeSource(rows=run.folder(f"fetch/{i}"), map_fn=d.map_fn, name=d.path, weight=d.weight, held_out=held_out)
         for i, (d, held_out) in enumerate(sources)
     ]
-    return normalize_dataset(inputs, recipe.normalize, recipe.eval_fraction, recipe.seed, out, run.sharding(planned))
+    return normalize_dataset(inputs, recipe.normalize, recipe.eval_fraction, recipe.seed, out, run.sharding)
 
 
 def _pack(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
     recipe = run.recipe
     tokenizer = TokenizerSource(run.base_model(), recipe.base_model.trust_remote_code)
-    return pack_dataset(run.folder("normalize"), tokenizer, recipe.pack, recipe.seed, out, run.sharding(planned))
+    return pack_dataset(run.folder("normalize"), tokenizer, recipe.pack, recipe.seed, out, run.sharding)
 
 
 def _train(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:

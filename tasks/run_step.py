@@ -10,15 +10,14 @@ from typing import Any
 
 from prefect import get_run_logger
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from sft_core.errors import SftError
 from sft_core.plan import Plan
 from sft_core.recipe import Recipe
 from sft_core.shards import Mapper
 from sft_core.steps import Built, Retraining, run_step
 from sft_core.store import Store
+from tasks.retries import retry_unless_users_fault
 from tasks.shard_mapping import shard_mapper
 from tasks.tracking import PartRun
 
@@ -36,17 +35,6 @@ class Job:
     ) -> Retraining:
         """The core's view of it."""
         return Retraining(self.recipe, self.plan, Store(self.recipe.store), on_line, champion, mapper)
-
-
-def retry_unless_users_fault(task: Any, run: Any, state: State[Any]) -> bool:
-    """`retry_condition_fn`: a wrong recipe or a wrong row does not get better by trying again."""
-    try:
-        state.result()
-    except SftError:
-        return False
-    except Exception:  # noqa: BLE001 - any other failure may be the network's
-        return True
-    return True
 
 
 STEP: dict[str, Any] = {

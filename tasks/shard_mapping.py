@@ -19,6 +19,7 @@ from sft_core.parcels import Parcel, pack_parcel, unpacked
 from sft_core.processes import default_processes, process_mapper
 from sft_core.recipe.sections import ComputeConfig
 from sft_core.shards import Made, Mapper
+from tasks.retries import retry_unless_users_fault
 
 SHARDS_A_TASK = 8
 TASKS_AHEAD = 32
@@ -35,7 +36,14 @@ def shard_mapper(compute: ComputeConfig) -> Iterator[Mapper]:
             yield mapper
 
 
-@task(name="make-shards", cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=5)
+@task(
+    name="make-shards",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retries=2,
+    retry_delay_seconds=5,
+    retry_condition_fn=retry_unless_users_fault,
+)
 def make_shards(work: Callable[[Any], Made], parcel: Parcel) -> list[Made]:
     """Work on a few shards, on a Dask worker."""
     with unpacked(parcel) as arguments:

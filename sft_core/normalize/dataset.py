@@ -17,7 +17,6 @@ from sft_core.normalize.identity import map_fn_source
 from sft_core.normalize.limits import check_limits
 from sft_core.normalize.shard import ShardWork, load_once, make_shard
 from sft_core.normalize.sketch import PARAMETERS
-from sft_core.normalize.tables import CONVERSATION_SCHEMA as CONVERSATION_SCHEMA
 from sft_core.normalize.tally import Tally
 from sft_core.recipe import NormalizeConfig
 from sft_core.shards import Sharding, ShardJob, ShardWriter, build_shards, read_shard_list

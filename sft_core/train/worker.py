@@ -40,6 +40,7 @@ def main(spec_path: str, ddp_timeout: float) -> int:
         status = run(TrainSpec.read(Path(spec_path)), heart, ddp_timeout)
         if status == EXIT_STOPPED:
             print(f"{STOPPED}saved", flush=True)
+        heart.end()
         return status
     except SftError as error:
         print(FAULT + json.dumps(f"{type(error).__name__}: {error}"), flush=True)
@@ -154,4 +155,7 @@ def _die_with_parent(spec_path: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], float(sys.argv[2])))
+    ended = main(sys.argv[1], float(sys.argv[2]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(ended)  # all is saved; in the interpreter's own shutdown, threads of libraries were seen to abort the process
