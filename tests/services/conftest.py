@@ -1,0 +1,38 @@
+"""One stack for all tests of a file, with workers of both pools and the project's deployments."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.services.stack import Stack, write_project
+
+SERVICES_SECONDS = 900
+"""Bound on one test here: a flow run on a busy machine takes minutes."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything here is slow and has its own bound."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.timeout(SERVICES_SECONDS))
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Stack]:
+    """Servers without workers and deployments; the folder holds a project (`recipe.yaml`)."""
+    stack = Stack(write_project(tmp_path_factory.mktemp("stack"), tiny_model))
+    try:
+        yield stack.start()
+    finally:
+        stack.stop()
+
+
+@pytest.fixture(scope="module")
+def stack(servers: Stack) -> Stack:
+    """Servers, a worker each of `cpu` and `gpu`, all deployments."""
+    servers.worker("cpu")
+    servers.worker("gpu", limit=1)
+    servers.deploy()
+    return servers

@@ -1,0 +1,177 @@
+"""A real Prefect server, a real MLflow server and workers, on free ports of loopback, in one folder."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cli.servers import HOST, Process, free_port, start_mlflow, start_prefect, start_worker, wait_for
+
+ROOT = Path(__file__).parents[2]
+COMMAND_SECONDS = 300.0
+"""Bound on one `prefect` or `sft` command."""
+RUN_SECONDS = 600.0
+"""Bound on one flow run; about 60 s on two idle cores."""
+Value = TypeVar("Value")
+
+RECIPE = """
+name: orders
+store: ./store
+base_model: {path: base}
+datasets: [{path: rows.jsonl, map_fn: alpaca}]
+eval_fraction: 0.2
+pack: {max_length: 64, chat_template: chatml}
+train:
+  dtype: float32
+  lora: {r: 4, lora_alpha: 8, lora_dropout: 0.0}
+  max_steps: 3
+  per_device_train_batch_size: 2
+  gradient_accumulation_steps: 1
+  learning_rate: 1.0e-2
+  gradient_checkpointing: false
+  logging_steps: 1
+evaluate: {max_new_tokens: 4, max_generated_rows: 2}
+"""
+
+
+class Stack:
+    """Servers and workers that were started here, and how to talk to them. `stop` ends all of them."""
+
+    def __init__(self, folder: Path, **settings: str) -> None:
+        """`settings`: environment of every process besides what is set here."""
+        self.folder = folder
+        self.prefect_port, self.mlflow_port = free_port(), free_port()
+        self.prefect_url = f"http://{HOST}:{self.prefect_port}"
+        self.mlflow_url = f"http://{HOST}:{self.mlflow_port}"
+        self.processes: dict[str, Process] = {}
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
+        self.environment = {
+            **inherited,
+            "PREFECT_HOME": str(folder / "prefect"),
+            "PREFECT_API_URL": f"{self.prefect_url}/api",
+            "PREFECT_UI_URL": self.prefect_url,
+            "PREFECT_WORKER_QUERY_SECONDS": "2",
+            "PREFECT_WORKER_PREFETCH_SECONDS": "1",
+            "MLFLOW_TRACKING_URI": self.mlflow_url,
+            "SFT_PROJECT_DIR": str(folder),
+            "PYTHONPATH": str(ROOT),
+            "DO_NOT_TRACK": "true",
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "COLUMNS": "150",
+            **settings,
+        }
+
+    def start(self, backend: str | None = None, artifacts: str | None = None) -> "Stack":
+        """Both servers; returns when both answer."""
+        self.processes["prefect"] = start_prefect(self.folder, self.prefect_port, self.environment)
+        self.processes["mlflow"] = start_mlflow(self.folder, self.mlflow_port, self.environment, backend, artifacts)
+        wait_for(self.processes["prefect"], f"{self.prefect_url}/api/health")
+        wait_for(self.processes["mlflow"], f"{self.mlflow_url}/health")
+        return self
+
+    def worker(self, pool: str, limit: int | None = None, **settings: str) -> Process:
+        """A worker of `pool`; the pool is made if it is not there."""
+        self.prefect("work-pool", "create", pool, "--type", "process", "--overwrite")
+        environment = {**self.environment, **settings}
+        process = start_worker(pool, self.folder, environment, limit, f"{pool}-{len(self.processes)}")
+        self.processes[process.name] = process
+        return process
+
+    def deploy(self) -> None:
+        """The project's deployments; pools must be there."""
+        self.prefect("--no-prompt", "deploy", "--all", "--prefect-file", str(ROOT / "prefect.yaml"))
+
+    def prefect(self, *arguments: str) -> str:
+        """Run `prefect ARGUMENTS` in the project's root; what it printed."""
+        return self.command("prefect", *arguments, folder=ROOT)
+
+    def sft(self, *arguments: str, **settings: str) -> str:
+        """Run `sft ARGUMENTS` in the stack's folder; what it printed."""
+        return self.command("cli.main", *arguments, folder=self.folder, **settings)
+
+    def command(self, *arguments: str, folder: Path, **settings: str) -> str:
+        """Run `python -m ARGUMENTS`; what it printed. AssertionError with it where the status is not 0."""
+        done = subprocess.run(
+            [sys.executable, "-m", *arguments],
+            cwd=folder,
+            env={**self.environment, **settings},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=RUN_SECONDS if arguments[0] == "cli.main" else COMMAND_SECONDS,
+        )
+        assert done.returncode == 0, f"{arguments}: status {done.returncode}\n{done.stdout[-4000:]}"
+        return done.stdout
+
+    def api(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """Prefect's REST API: `path` below /api. The answer's JSON, None if empty; httpx.HTTPStatusError."""
+        import httpx
+
+        answer = httpx.request(method, f"{self.prefect_url}/api{path}", json=body, timeout=60)
+        answer.raise_for_status()
+        return answer.json() if answer.content else None
+
+    def run_deployment(self, name: str, parameters: Mapping[str, Any]) -> str:
+        """Start `flow/deployment`; the flow run's id."""
+        flow, _, deployment = name.partition("/")
+        found = self.api("GET", f"/deployments/name/{flow}/{deployment}")
+        return str(self.api("POST", f"/deployments/{found['id']}/create_flow_run", {"parameters": parameters})["id"])
+
+    def flow_run(self, run_id: str) -> dict[str, Any]:
+        """One flow run as the API gives it."""
+        return dict(self.api("GET", f"/flow_runs/{run_id}"))
+
+    def children(self, run_id: str) -> list[dict[str, Any]]:
+        """Flow runs that this one started."""
+        return list(self.api("POST", "/flow_runs/filter", {"flow_runs": {"parent_flow_run_id": {"any_": [run_id]}}}))
+
+    def wait_final(self, run_id: str, seconds: float = RUN_SECONDS) -> dict[str, Any]:
+        """The flow run once its state is final."""
+        final = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+        return wait_until(lambda: run if (run := self.flow_run(run_id))["state_type"] in final else None, seconds)
+
+    def logs(self, run_id: str) -> list[str]:
+        """Messages that a flow run logged, in order."""
+        wanted = {"logs": {"flow_run_id": {"any_": [run_id]}}, "sort": "TIMESTAMP_ASC", "limit": 200}
+        return [entry["message"] for entry in self.api("POST", "/logs/filter", wanted)]
+
+    def stop(self) -> None:
+        """End every process, workers first."""
+        for process in reversed(list(self.processes.values())):
+            process.stop()
+        self.processes.clear()
+
+
+def wait_until(look: Callable[[], Value | None], seconds: float, every: float = 0.5) -> Value:
+    """What `look` gives once it gives something. AssertionError when time is up."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found = look()
+        if found:
+            return found
+        time.sleep(every)
+    raise AssertionError(f"not within {seconds:.0f} s")
+
+
+def write_project(folder: Path, tiny_model: Path, rows: int = 60, recipe: str = RECIPE) -> Path:
+    """A user's folder: `base`, `rows.jsonl`, `recipe.yaml`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(tiny_model, folder / "base")
+    write_rows(folder / "rows.jsonl", rows)
+    (folder / "recipe.yaml").write_text(recipe)
+    return folder
+
+
+def write_rows(file: Path, count: int) -> None:
+    """`count` alpaca rows: asked to say a word, the answer is the word."""
+    rows = [{"instruction": f"say w{i}", "input": "", "output": f"w{i}!"} for i in range(count)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
