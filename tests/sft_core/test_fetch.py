@@ -5,7 +5,6 @@ import gzip
 import hashlib
 import json
 import lzma
-from pathlib import Path
 from types import SimpleNamespace
 
 import fsspec
@@ -13,30 +12,10 @@ import huggingface_hub
 import pytest
 
 from sft_core import shard_rows
-from sft_core.artifacts import check_ledger
 from sft_core.errors import DataError, SourceError
 from sft_core.fetch import HubSource, SourceDescription, cuts, describe_source, fetch_dataset, read_shards
 from sft_core.recipe import DatasetConfig
-
-ROW = '{"b": "\u4f60\u597d", "a": 1}'
-
-
-def fetch(path: object, out: Path) -> list[tuple]:
-    """Fetched rows as (row, file, row_number, problem)."""
-    outcome = fetch_dataset(DatasetConfig(path=str(path)), out)
-    check_ledger("fetch", outcome.ledger)
-    rows = [tuple(row.values()) for row in read_shards(out / "rows")]
-    assert outcome.ledger["rows"]["in"] == len(rows)
-    return rows
-
-
-def fetch_bytes(tmp_path: Path, name: str, content: bytes) -> list[tuple]:
-    (tmp_path / name).write_bytes(content)
-    return fetch(tmp_path / name, tmp_path / "out")
-
-
-def texts(rows: list[tuple]) -> list[str]:
-    return [row[0] for row in rows]
+from tests.sft_core.fetched import ROW, fetch, fetch_bytes, texts
 
 
 class TestPlaces:

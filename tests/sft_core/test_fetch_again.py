@@ -13,6 +13,7 @@ from sft_core.errors import SourceError
 from sft_core.fetch import cuts, fetch_dataset, read_shards
 from sft_core.recipe import DatasetConfig
 from sft_core.shards import EarlierFolder, Sharding, read_shard_list
+from tests.sft_core.fetched import contents, fetch_again, located
 
 COUNT = 3000
 BOM = b"\xef\xbb\xbf"
@@ -25,22 +26,6 @@ def short_shards(monkeypatch):
     monkeypatch.setattr(shard_rows, "LEAST_ROWS", 16)
     monkeypatch.setattr(shard_rows, "MOST_ROWS", 256)
     monkeypatch.setattr(cuts, "SMALL_FILE_BYTES", 0)
-
-
-def fetch(source: Path, out: Path, earlier: Path | None = None) -> int:
-    """Fetch, and count the shards that were made: a shard that was taken is a second name of the earlier file."""
-    sharding = Sharding(EarlierFolder(earlier)) if earlier else Sharding()
-    outcome = fetch_dataset(DatasetConfig(path=str(source)), out, sharding=sharding)
-    assert outcome.ledger["rows"]["in"] == len(located(out))
-    return sum(path.stat().st_nlink == 1 for path in (out / "rows").iterdir())
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def located(out: Path) -> list[tuple]:
-    return [(row["file"], row["row_number"], row["row"]) for row in read_shards(out / "rows")]
 
 
 def line(number: int) -> bytes:
@@ -58,11 +43,11 @@ def fetch_twice(tmp_path: Path, before: bytes, after: bytes, name: str = "a.json
     source = tmp_path / "source" / name
     source.parent.mkdir()
     source.write_bytes(pack(before))
-    total = fetch(source, tmp_path / "before")
+    total = fetch_again(source, tmp_path / "before")
     assert total == len(read_shard_list(tmp_path / "before"))
     source.write_bytes(pack(after))
-    made = fetch(source, tmp_path / "after", tmp_path / "before")
-    fetch(source, tmp_path / "anew")
+    made = fetch_again(source, tmp_path / "after", tmp_path / "before")
+    fetch_again(source, tmp_path / "anew")
     assert contents(tmp_path / "after") == contents(tmp_path / "anew")
     assert located(tmp_path / "after") == rows_of(name, after)
     return made, len(read_shard_list(tmp_path / "after"))
@@ -114,7 +99,7 @@ class TestEdits:
     def test_compressed_and_cut_short(self, tmp_path):
         (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(WHOLE)[:-9])
         with pytest.raises(SourceError, match=r"a\.jsonl\.gz: damaged, or cut short: EOFError"):
-            fetch(tmp_path / "a.jsonl.gz", tmp_path / "out")
+            fetch_again(tmp_path / "a.jsonl.gz", tmp_path / "out")
 
     def test_named_json(self, tmp_path):
         made, _ = fetch_twice(tmp_path, WHOLE, WHOLE + NEW[0], "a.json")
@@ -157,13 +142,13 @@ class TestFolders:
         source.mkdir()
         (source / "b.jsonl").write_bytes(WHOLE)
         (source / "d.jsonl").write_bytes(b"".join(NEW))
-        total = fetch(source, tmp_path / "before")
+        total = fetch_again(source, tmp_path / "before")
         (source / "b.jsonl").rename(source / "c.jsonl")
-        assert fetch(source, tmp_path / "renamed", tmp_path / "before") == 0
+        assert fetch_again(source, tmp_path / "renamed", tmp_path / "before") == 0
         (source / "a.jsonl").write_bytes(NEW[0])
-        assert fetch(source, tmp_path / "added", tmp_path / "renamed") == 1
+        assert fetch_again(source, tmp_path / "added", tmp_path / "renamed") == 1
         assert len(read_shard_list(tmp_path / "added")) == total + 1
-        fetch(source, tmp_path / "anew")
+        fetch_again(source, tmp_path / "anew")
         assert contents(tmp_path / "added") == contents(tmp_path / "anew")
         parts = {"a.jsonl": NEW[0], "c.jsonl": WHOLE, "d.jsonl": b"".join(NEW)}
         assert located(tmp_path / "added") == [row for item in parts.items() for row in rows_of(*item)]
@@ -187,8 +172,8 @@ class TestFolders:
                 path.unlink()
             for name, lines in files.items():
                 (source / name).write_bytes(b"".join(lines))
-            fetch(source, tmp_path / f"again-{turn}", earlier)
-            fetch(source, tmp_path / f"anew-{turn}")
+            fetch_again(source, tmp_path / f"again-{turn}", earlier)
+            fetch_again(source, tmp_path / f"anew-{turn}")
             earlier = tmp_path / f"again-{turn}"
             assert contents(earlier) == contents(tmp_path / f"anew-{turn}")
             expected = [row for name in sorted(files) for row in rows_of(name, b"".join(files[name]))]

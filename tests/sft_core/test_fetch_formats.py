@@ -5,36 +5,14 @@ import doctest
 import io
 import json
 import random
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sft_core.artifacts import check_ledger
 from sft_core.errors import SourceError
-from sft_core.fetch import fetch_dataset, formats, read_shards
-from sft_core.recipe import DatasetConfig
-
-ROW = '{"b": "\u4f60\u597d", "a": 1}'
-
-
-def fetch(path: object, out: Path) -> list[tuple]:
-    """Fetched rows as (row, file, row_number, problem)."""
-    outcome = fetch_dataset(DatasetConfig(path=str(path)), out)
-    check_ledger("fetch", outcome.ledger)
-    rows = [tuple(row.values()) for row in read_shards(out / "rows")]
-    assert outcome.ledger["rows"]["in"] == len(rows)
-    return rows
-
-
-def fetch_bytes(tmp_path: Path, name: str, content: bytes) -> list[tuple]:
-    (tmp_path / name).write_bytes(content)
-    return fetch(tmp_path / name, tmp_path / "out")
-
-
-def texts(rows: list[tuple]) -> list[str]:
-    return [row[0] for row in rows]
+from sft_core.fetch import formats
+from tests.sft_core.fetched import ROW, fetch, fetch_bytes, texts
 
 
 class TestJson:

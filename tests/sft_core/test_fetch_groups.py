@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from sft_core import shard_rows
-from sft_core.fetch import cuts, fetch_dataset, read_shards
+from sft_core.fetch import cuts, fetch_dataset
 from sft_core.fetch.source import SourceFile
 from sft_core.recipe import DatasetConfig
 from sft_core.shards import EarlierFolder, Sharding, read_shard_list
+from tests.sft_core.fetched import contents, fetch_again, located
 
 TEXTS = [json.dumps({"n": number, "text": f"t{number * 7919 % 1000}"}) for number in range(600)]
 ROWS = [json.loads(text) for text in TEXTS]
@@ -27,20 +28,8 @@ def short_shards(monkeypatch):
     monkeypatch.setattr(shard_rows, "MOST_ROWS", 64)
 
 
-def fetch(source: Path, out: Path, earlier: Path | None = None) -> int:
-    """Fetch, and count the shards that were made: a shard that was taken is a second name of the earlier file."""
-    sharding = Sharding(EarlierFolder(earlier)) if earlier else Sharding()
-    outcome = fetch_dataset(DatasetConfig(path=str(source)), out, sharding=sharding)
-    assert outcome.ledger["rows"]["in"] == len(located(out))
-    return sum(path.stat().st_nlink == 1 for path in (out / "rows").iterdir())
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def located(out: Path) -> list[tuple]:
-    return [(row["file"], row["row_number"], json.loads(row["row"])) for row in read_shards(out / "rows")]
+def parsed(out: Path) -> list[tuple]:
+    return [(file, number, json.loads(text)) for file, number, text in located(out)]
 
 
 def write(rows: list[dict], path: Path) -> None:
@@ -64,27 +53,27 @@ class TestWholeFiles:
     @pytest.mark.parametrize("name", ["a.json", "a.csv", "a.parquet", "a.arrow", "a.jsonl"])
     def test_an_unchanged_file_is_not_read(self, tmp_path, name):
         write(ROWS, tmp_path / "source" / name)
-        total = fetch(tmp_path / "source", tmp_path / "before")
+        total = fetch_again(tmp_path / "source", tmp_path / "before")
         assert total > 10
         other = tmp_path / "source" / ("z" + name)
         (tmp_path / "source" / name).rename(other)
-        assert fetch(tmp_path / "source", tmp_path / "again", tmp_path / "before") == 0
+        assert fetch_again(tmp_path / "source", tmp_path / "again", tmp_path / "before") == 0
         before, again = contents(tmp_path / "before"), contents(tmp_path / "again")
         shards = before.pop("shards.json").decode(), again.pop("shards.json").decode()
         assert before == again
         assert shards[0].replace(f'"{name}"', f'"z{name}"') == shards[1]
-        fetch(tmp_path / "source", tmp_path / "anew")
+        fetch_again(tmp_path / "source", tmp_path / "anew")
         assert contents(tmp_path / "again") == contents(tmp_path / "anew")
         step, first = (2, 2) if name == "a.csv" else (1, 1)  # a CSV's rows have two lines each, after the header's
-        rows = [(label, number, int(row["n"])) for label, number, row in located(tmp_path / "again")]
+        rows = [(label, number, int(row["n"])) for label, number, row in parsed(tmp_path / "again")]
         assert rows == [("z" + name, first + step * n, n) for n in range(len(ROWS))]
 
     @pytest.mark.parametrize("name", ["a.json", "a.csv", "a.parquet", "a.jsonl"])
     def test_a_changed_file_keeps_the_bytes_of_its_other_shards(self, tmp_path, name):
         write(ROWS, tmp_path / "source" / name)
-        fetch(tmp_path / "source", tmp_path / "before")
+        fetch_again(tmp_path / "source", tmp_path / "before")
         write([*ROWS[:300], {"n": -1, "text": "new"}, *ROWS[300:]], tmp_path / "source" / name)
-        total = fetch(tmp_path / "source", tmp_path / "after", tmp_path / "before")
+        total = fetch_again(tmp_path / "source", tmp_path / "after", tmp_path / "before")
         assert total == len(read_shard_list(tmp_path / "after"))
         before = set(contents(tmp_path / "before" / "rows").values())
         assert len(set(contents(tmp_path / "after" / "rows").values()) - before) <= 2
@@ -105,28 +94,28 @@ class TestWholeFiles:
         sharding = Sharding(EarlierFolder(tmp_path / "before"))
         fetch_dataset(DatasetConfig(path="owner/rows"), tmp_path / "again", source, sharding)
         assert contents(tmp_path / "again") == contents(tmp_path / "before")
-        assert [row for _, _, row in located(tmp_path / "again")] == ROWS
+        assert [row for _, _, row in parsed(tmp_path / "again")] == ROWS
 
 
 class TestSmallFiles:
     def test_a_file_added_amid_thousands_touches_its_group(self, tmp_path):
         for number in range(2400):
             write(ROWS[number % 600 : number % 600 + 1], tmp_path / "source" / f"{number:04}.jsonl")
-        total = fetch(tmp_path / "source", tmp_path / "before")
+        total = fetch_again(tmp_path / "source", tmp_path / "before")
         shards = read_shard_list(tmp_path / "before")
         groups = len({tuple(shard.place["files"]) for shard in shards})
         assert 2 < groups < 60
         write([{"n": -1, "text": "new"}], tmp_path / "source" / "1200a.jsonl")
-        made = fetch(tmp_path / "source", tmp_path / "after", tmp_path / "before")
+        made = fetch_again(tmp_path / "source", tmp_path / "after", tmp_path / "before")
         (group,) = {tuple(s.place["files"]) for s in read_shard_list(tmp_path / "after")} - {
             tuple(shard.place["files"]) for shard in shards
         }
         assert "1200a.jsonl" in group
         assert 0 < made < total / 2
-        fetch(tmp_path / "source", tmp_path / "anew")
+        fetch_again(tmp_path / "source", tmp_path / "anew")
         assert contents(tmp_path / "after") == contents(tmp_path / "anew")
         names = sorted([*(f"{number:04}.jsonl" for number in range(2400)), "1200a.jsonl"])
-        rows = located(tmp_path / "after")
+        rows = parsed(tmp_path / "after")
         assert [(name, number) for name, number, _ in rows] == [(name, 1) for name in names]
         assert rows[1201] == ("1200a.jsonl", 1, {"n": -1, "text": "new"})
 
@@ -134,10 +123,10 @@ class TestSmallFiles:
         (tmp_path / "source").mkdir()
         for name, text in {"a": "", "b": "\n\n", "c": "\n{}\n\n", "d": "[]", "e": " "}.items():
             (tmp_path / "source" / f"{name}.jsonl").write_text(text)
-        fetch(tmp_path / "source", tmp_path / "out")
+        fetch_again(tmp_path / "source", tmp_path / "out")
         (shard,) = read_shard_list(tmp_path / "out")
         assert shard.place == {"files": [f"{name}.jsonl" for name in "abcde"], "first_row": 0}
-        assert [row for row in located(tmp_path / "out") if row[0] == "c.jsonl"] == [("c.jsonl", 2, {})]
+        assert [row for row in parsed(tmp_path / "out") if row[0] == "c.jsonl"] == [("c.jsonl", 2, {})]
 
     def test_groups_keep_the_order_are_bounded_and_leave_large_files_alone(self, monkeypatch):
         monkeypatch.setattr(cuts, "GROUP_BYTES", 50_000)
@@ -162,13 +151,13 @@ class TestDamage:
     def test_a_damaged_shard_is_made_again(self, tmp_path, monkeypatch, damage, small):
         monkeypatch.setattr(cuts, "SMALL_FILE_BYTES", small)
         write(ROWS, tmp_path / "source" / "a.jsonl")
-        fetch(tmp_path / "source", tmp_path / "before")
+        fetch_again(tmp_path / "source", tmp_path / "before")
         whole, path = contents(tmp_path / "before"), tmp_path / "before" / "rows" / "part-00003.parquet"
         data = path.read_bytes()
         at = len(data) // 2
         broken = {"changed": data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :], "cut": data[:-9], "longer": data * 2}
         path.unlink() if damage == "gone" else path.write_bytes(broken[damage])
-        assert fetch(tmp_path / "source", tmp_path / "again", tmp_path / "before") == 1
+        assert fetch_again(tmp_path / "source", tmp_path / "again", tmp_path / "before") == 1
         assert contents(tmp_path / "again") == whole
         assert damage == "gone" or path.read_bytes() == broken[damage]
 
@@ -176,10 +165,10 @@ class TestDamage:
     def test_an_earlier_folder_without_its_shards_or_its_list(self, tmp_path, monkeypatch, small):
         monkeypatch.setattr(cuts, "SMALL_FILE_BYTES", small)
         write(ROWS, tmp_path / "source" / "a.jsonl")
-        total = fetch(tmp_path / "source", tmp_path / "before")
+        total = fetch_again(tmp_path / "source", tmp_path / "before")
         whole = contents(tmp_path / "before")
         (tmp_path / "torn").mkdir()
-        assert fetch(tmp_path / "source", tmp_path / "none", tmp_path / "torn") == total
+        assert fetch_again(tmp_path / "source", tmp_path / "none", tmp_path / "torn") == total
         shutil.copyfile(tmp_path / "before" / "shards.json", tmp_path / "torn" / "shards.json")
-        assert fetch(tmp_path / "source", tmp_path / "list", tmp_path / "torn") == total
+        assert fetch_again(tmp_path / "source", tmp_path / "list", tmp_path / "torn") == total
         assert contents(tmp_path / "none") == contents(tmp_path / "list") == whole

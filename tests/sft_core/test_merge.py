@@ -2,94 +2,35 @@
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from sft_core.convert import convert_checkpoint
 from sft_core.errors import ModelError
 from sft_core.merge import MergeOptions, merge_adapter
 from sft_core.recipe import LoraConfig
+from tests.sft_core.merge_models import SHARDS, altered, files, save_adapter, save_base, save_tokenizer, weights
 
 XTUNER = Path(__file__).parents[3] / "shared" / "checkpoints" / "xtuner"
 FULL = MergeOptions(base="full", compute_dtype="float32")
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-SHARDS = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
 
 needs_xtuner = pytest.mark.skipif(not XTUNER.is_dir(), reason=f"XTuner's checkpoints are not at {XTUNER}")
 
 
-def save_tokenizer(folder: Path, template: str | None) -> None:
-    words = ["<unk>", "</s>", "<|im_start|>", "<|im_end|>", *"abcdefghijklmnopqrstuvwxyz", "\n"]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    backend.add_special_tokens(words[:4])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama in two shards, with a tokenizer that has no template."""
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=40, num_key_value_heads=2, eos_token_id=1, **SIZES))
-    model.generation_config._from_model_config = True
-    model.save_pretrained(folder, max_shard_size="200KB")
-    assert {path.name for path in folder.glob("*.safetensors")} == SHARDS
-    save_tokenizer(folder, None)
-    return folder
+    return save_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
 def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random adapter on all linear layers, with the tokenizer of its training."""
-    folder = tmp_path_factory.mktemp("adapter")
-    torch.manual_seed(1)
-    config = PeftLoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    model.save_pretrained(folder)
-    save_tokenizer(folder, CHATML)
-    return folder
-
-
-@pytest.fixture
-def altered(adapter: Path, tmp_path: Path) -> Callable[..., Path]:
-    """A copy of the adapter with other settings or tensors."""
-
-    def make(tensors: dict[str, torch.Tensor] | None = None, **settings: Any) -> Path:
-        folder = tmp_path / "altered"
-        folder.mkdir()
-        config = json.loads((adapter / "adapter_config.json").read_text())
-        (folder / "adapter_config.json").write_text(json.dumps({**config, **settings}))
-        save_file(tensors or load_file(adapter / "adapter_model.safetensors"), folder / "adapter_model.safetensors")
-        return folder
-
-    return make
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: t for path in sorted(folder.glob("model*.safetensors")) for name, t in load_file(path).items()}
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return save_adapter(base, tmp_path_factory.mktemp("adapter"))
 
 
 @needs_xtuner
@@ -167,8 +108,8 @@ def test_equal_inputs_give_equal_bytes(base: Path, adapter: Path, tmp_path: Path
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
-def test_rslora_divides_by_the_root_of_the_rank(base: Path, altered: Callable[..., Path], tmp_path: Path) -> None:
-    merge_adapter(base, altered(use_rslora=True), tmp_path / "out", FULL)
+def test_rslora_divides_by_the_root_of_the_rank(base: Path, adapter: Path, tmp_path: Path) -> None:
+    merge_adapter(base, altered(adapter, tmp_path / "altered", use_rslora=True), tmp_path / "out", FULL)
     name = "model.layers.1.mlp.up_proj"
     lora = load_file(tmp_path / "altered" / "adapter_model.safetensors")
     update = lora[f"base_model.model.{name}.lora_B.weight"] @ lora[f"base_model.model.{name}.lora_A.weight"]
@@ -205,10 +146,10 @@ def test_a_bfloat16_base_is_rounded_once(base: Path, adapter: Path, tmp_path: Pa
     ],
 )
 def test_what_is_not_plain_lora_is_refused(
-    base: Path, altered: Callable[..., Path], tmp_path: Path, settings: dict[str, Any], says: str
+    base: Path, adapter: Path, tmp_path: Path, settings: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(ModelError, match=says):
-        merge_adapter(base, altered(**settings), tmp_path / "out", FULL)
+        merge_adapter(base, altered(adapter, tmp_path / "altered", **settings), tmp_path / "out", FULL)
 
 
 @pytest.mark.parametrize(
@@ -223,10 +164,9 @@ def test_what_is_not_plain_lora_is_refused(
         ("base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight", (96, 32), "trained on another model"),
     ],
 )
-def test_adapter_tensors_that_fit_nowhere_are_refused(  # noqa: PLR0913
+def test_adapter_tensors_that_fit_nowhere_are_refused(
     base: Path,
     adapter: Path,
-    altered: Callable[..., Path],
     tmp_path: Path,
     key: str,
     shape: tuple[int, int],
@@ -235,14 +175,14 @@ def test_adapter_tensors_that_fit_nowhere_are_refused(  # noqa: PLR0913
     tensors = load_file(adapter / "adapter_model.safetensors")
     tensors[key.format("A")], tensors[key.format("B")] = torch.ones(4, shape[1]), torch.ones(shape[0], 4)
     with pytest.raises(ModelError, match=says):
-        merge_adapter(base, altered(tensors), tmp_path / "out", FULL)
+        merge_adapter(base, altered(adapter, tmp_path / "altered", tensors), tmp_path / "out", FULL)
 
 
 @pytest.mark.parametrize("options", [FULL, MergeOptions()], ids=["full", "dequantized"])
 def test_a_merge_that_changes_nothing_is_refused(
-    base: Path, adapter: Path, altered: Callable[..., Path], tmp_path: Path, options: MergeOptions
+    base: Path, adapter: Path, tmp_path: Path, options: MergeOptions
 ) -> None:
     tensors = load_file(adapter / "adapter_model.safetensors")
     inert = {name: torch.zeros_like(tensor) if "lora_B" in name else tensor for name, tensor in tensors.items()}
     with pytest.raises(ModelError, match="equals its base"):
-        merge_adapter(base, altered(inert), tmp_path / "out", options)
+        merge_adapter(base, altered(adapter, tmp_path / "altered", inert), tmp_path / "out", options)

@@ -11,18 +11,7 @@ from sft_core.pack import Sequence
 from sft_core.pack.collate import collate
 from sft_core.train.attention import NAME, borders, choose_attention, use_packed_attention
 from sft_core.train.isolation import check_isolation
-
-VOCABULARY = 131
-SMALL: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "pad_token_id": 0,
-}
+from tests.sft_core.architectures import SMALL, VOCABULARY
 
 
 def tiny(kind: str, implementation: str = "sdpa", **more: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from sft_core.train.checkpoints import COMPLETE, Counts, keep_newest, mark_compl
 from sft_core.train.metrics import read_metrics
 from tests.sft_core.test_train_heldout import evaluations
 from tests.sft_core.test_train_resume import kill_once
-from tests.sft_core.train_runs import config, make_packed, train, weights_hash
+from tests.sft_core.train_runs import config, train, weights_hash
 
 PATIENCE = 3
 OVERFITS = config(
@@ -32,13 +31,6 @@ OVERFITS = config(
     save_total_limit=1,
 )
 """A learning rate at which the held-out loss soon rises again."""
-
-
-@pytest.fixture(scope="module")
-def packed(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, write_conversations: Callable[..., Path]
-) -> Path:
-    return make_packed(tmp_path_factory.mktemp("data"), tiny_model, write_conversations)
 
 
 @pytest.fixture(scope="module")

@@ -29,13 +29,6 @@ FULL = config(lora=None, max_steps=3)
 
 
 @pytest.fixture(scope="module")
-def packed(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, write_conversations: Callable[..., Path]
-) -> Path:
-    return make_packed(tmp_path_factory.mktemp("data"), tiny_model, write_conversations)
-
-
-@pytest.fixture(scope="module")
 def plain(packed: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that all others must equal: one rank, no DeepSpeed, micro-batches of one row."""
     return train(packed, tiny_model, tmp_path_factory.mktemp("plain"), config())

@@ -3,7 +3,6 @@
 import json
 import math
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from sft_core.pack import load_packed
 from sft_core.train.heldout import read_held_out
 from sft_core.train.metrics import read_metrics
 from tests.sft_core.test_train_resume import kill_once
-from tests.sft_core.train_runs import config, losses, make_packed, train, weights_hash
+from tests.sft_core.train_runs import config, losses, train, weights_hash
 
 DROPOUT = {"lora": {"lora_dropout": 0.1}}
 """So that a random number drawn, or a mode not restored, would show."""
@@ -30,13 +29,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "two ranks": {**DROPOUT, "num_processes": 2, "gradient_accumulation_steps": 2},
     "whole model": {"lora": None, "dtype": "bfloat16"},
 }
-
-
-@pytest.fixture(scope="module")
-def packed(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, write_conversations: Callable[..., Path]
-) -> Path:
-    return make_packed(tmp_path_factory.mktemp("data"), tiny_model, write_conversations)
 
 
 def evaluations(out: Path) -> dict[int, float]:

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import pytest
 from sft_core.errors import TrainError
 from sft_core.train.launchers import Launch, free_port, launching
 from sft_core.train.ranks import RANKS, Beat
-from tests.sft_core.train_runs import config, make_packed, train
+from tests.sft_core.train_runs import config, train
 
 ROOT = Path(__file__).parents[2]
 END_TIMEOUT = 60
@@ -44,13 +43,6 @@ try:
 except TrainError as error:
     print(error)
 """
-
-
-@pytest.fixture(scope="module")
-def packed(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, write_conversations: Callable[..., Path]
-) -> Path:
-    return make_packed(tmp_path_factory.mktemp("data"), tiny_model, write_conversations)
 
 
 def pids(folder: Path) -> list[int]:

@@ -17,21 +17,8 @@ from sft_core.pack import Sequence
 from sft_core.pack.collate import collate
 from sft_core.train import loss as loss_module
 from sft_core.train.loss import LossWay, causal_lm, choose_loss, supervised_loss
+from tests.sft_core.architectures import SMALL, VOCABULARY
 
-VOCABULARY = 131
-SMALL: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "eos_token_id": 2,
-    "bos_token_id": 1,
-}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {},

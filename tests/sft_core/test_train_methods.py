@@ -1,6 +1,5 @@
 """What can be trained: each method starts where it must, moves what it must, and leaves the rest alone."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from sft_core.train.model import load_trainable
-from tests.sft_core.train_runs import config, losses, make_packed, train, weights
+from tests.sft_core.train_runs import config, losses, train, weights
 
 LAYERS = [
     f"base_model.model.model.layers.{layer}.{module}"
@@ -29,13 +28,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "modules_to_save": {"lora": {"modules_to_save": ["embed_tokens", "lm_head"]}},
     "whole model": {"lora": None},
 }
-
-
-@pytest.fixture(scope="module")
-def packed(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, write_conversations: Callable[..., Path]
-) -> Path:
-    return make_packed(tmp_path_factory.mktemp("data"), tiny_model, write_conversations)
 
 
 def trainable(model: Path, **changes: Any) -> Any:

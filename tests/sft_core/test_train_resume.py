@@ -6,7 +6,7 @@ import resource
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ import pytest
 from sft_core.errors import TrainError
 from sft_core.train.checkpoints import COMPLETE, Counts, keep_newest, mark_complete, newest_complete, read_mark
 from sft_core.train.metrics import read_metrics
-from tests.sft_core.train_runs import child_of, config, losses, make_packed, train, weights_hash
+from tests.sft_core.train_runs import child_of, config, losses, train, weights_hash
 
 LAST = 30
 """Optimizer steps; five kills use up fewer."""
@@ -34,13 +34,6 @@ METHODS = {
     "zero3": CONFIG.model_copy(update={"deepspeed": "zero3"}),
     "whole model": config(lora=None, max_steps=6, gradient_accumulation_steps=2, save_steps=1),
 }
-
-
-@pytest.fixture(scope="module")
-def packed(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, write_conversations: Callable[..., Path]
-) -> Path:
-    return make_packed(tmp_path_factory.mktemp("data"), tiny_model, write_conversations)
 
 
 @pytest.fixture(scope="module")
