@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test check clean
+.PHONY: help demo test test-services check clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
 
@@ -18,7 +18,10 @@ demo: $(READY)  ## the main job on CPU: raw rows to a registered model, about tw
 	$(BIN)/python -m demo
 
 test: $(READY)  ## all tests that need no server of their own
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/services
+
+test-services: $(READY)  ## real servers: Prefect, MLflow, PostgreSQL, S3, a browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/services
 
 check: $(READY)  ## format, lint, types, layers
 	$(BIN)/ruff format --check .
