@@ -71,19 +71,17 @@ def train_as(launch: Any, recipe: Any) -> None:
     from sft_core.steps import Retraining
     from sft_core.store import Store
     from sft_core.train.launch import TrainingStopped
-    from sft_core.train.launchers import launching
     from sft_core.train.worker import EXIT_STOPPED
 
     store = Store(recipe.store)
     if launch.nnodes > 1 and not store.is_local:
         raise RecipeError(f"store {recipe.store}: with several machines it has to be a folder on a disk that all share")
-    retraining = Retraining(recipe, plan_recipe(recipe), store)
+    retraining = Retraining(recipe, plan_recipe(recipe), store, launch=launch)
     try:
-        with launching(launch):
-            if launch.node_rank == 0:
-                _lead(retraining, launch)
-            else:
-                _train_along(retraining, launch)
+        if launch.node_rank == 0:
+            _lead(retraining, launch)
+        else:
+            _train_along(retraining, launch)
     except TrainingStopped as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         raise typer.Exit(EXIT_STOPPED) from None

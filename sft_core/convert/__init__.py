@@ -57,8 +57,11 @@ def convert_checkpoint(
 
             return Outcome(facts=write_model(trained, out, folder, base_model, options))
         from sft_core.convert.adapter import checked_tensors, write_adapter
+        from sft_core.convert.initial import begins_with_base, relative_to_base
 
         tensors, config = checked_tensors(trained, lora, options)
+        if begins_with_base(lora):
+            tensors, config = relative_to_base(tensors, config, lora, trained.source)
         out.mkdir(parents=True, exist_ok=True)
         config |= {"inference_mode": True, "base_model_name_or_path": base_model}
         facts = write_adapter(tensors, trained, out, config, options)

@@ -23,6 +23,8 @@ from sft_core.recipe import LoraConfig
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+INITIAL = "initial_adapter.safetensors"
+"""In a checkpoint: the A and B that training began with, where they are not zero together (PiSSA)."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NUMBERED = re.compile(r"(?:checkpoint-|iter_|epoch_)(\d+)(?:\.pth)?")
 
@@ -78,7 +80,7 @@ def _read_plain(folder: Path, files: tuple[str, ...]) -> TrainedTensors:
     tensors: dict[str, Stored] = {}
     for name in files:
         try:
-            tensors.update(_stored_in(folder / name))
+            tensors.update(stored_in(folder / name))
         except (SafetensorError, OSError) as error:
             raise ModelError(
                 f"{folder / name}: missing, torn or no safetensors file ({error}); take another checkpoint"
@@ -88,7 +90,8 @@ def _read_plain(folder: Path, files: tuple[str, ...]) -> TrainedTensors:
     return TrainedTensors(tensors=tensors, layout="trainer", ranks=1, global_steps=steps, source=folder)
 
 
-def _stored_in(path: Path) -> dict[str, Stored]:
+def stored_in(path: Path) -> dict[str, Stored]:
+    """Tensors of one safetensors file, by name."""
     file: Any = safe_open(path, framework="pt")  # stays open as long as its tensors are wanted
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     return {

@@ -1,5 +1,6 @@
 """The recipe's section `train`, and `train.lora` in it. A field's docstring is its help, units first."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -27,21 +28,19 @@ class LoraConfig(Section):
     use_dora: bool = False
     """Weight-decomposed update: direction by LoRA, length by a trained vector."""
     init_lora_weights: bool | str = True
-    """`true` (A random, B zero), `gaussian`, or `loftq` (corrects the 4-bit rounding; for `quantization: nf4`)."""
+    """`true` (A random, B zero), `gaussian`, `pissa` (the base's principal part is what is trained; quicker, by an
+    approximate SVD: `pissa_niter_16`; with `quantization: none`), `loftq` (corrects the 4-bit rounding; with `nf4`)."""
 
     @field_validator("init_lora_weights")
     @classmethod
     def _known_initialisation(cls, value: bool | str) -> bool | str:
-        if value in (True, "gaussian", "loftq"):
+        if value in (True, "gaussian", "loftq") or re.fullmatch(r"pissa(_niter_[1-9]\d*)?", str(value)):
             return value
         if value is False:
             raise ValueError("false starts from random A and B, so the first step already differs from the base; true")
-        if str(value).startswith(("pissa", "olora", "corda", "eva", "lora_ga")):
-            raise ValueError(
-                "it takes the adapter out of the base's weights, so the adapter fits a base that is kept nowhere, and "
-                "merging it into the original one would be wrong; take true, gaussian or loftq"
-            )
-        raise ValueError("it is one of true, gaussian, loftq")
+        if str(value).startswith(("olora", "corda", "eva", "lora_ga", "mica", "orthogonal")):
+            raise ValueError("PEFT has it, no converter here was tried with it; take true, gaussian, pissa or loftq")
+        raise ValueError("it is one of true, gaussian, pissa, pissa_niter_16 (or another number), loftq")
 
 
 class TrainConfig(Section):
@@ -72,8 +71,12 @@ class TrainConfig(Section):
     """Fraction of all optimizer steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's first moment decay."""
     adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
     """AdamW's second moment decay."""
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's: added to the root of the second moment."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Norm to which gradients are clipped."""
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
@@ -96,6 +99,8 @@ class TrainConfig(Section):
     """What users might say, answered greedily at every evaluation, for people to read."""
     sample_max_new_tokens: Positive = 64
     """Tokens of such an answer at most."""
+    sequence_parallel_size: Positive = 1
+    """Ranks that share each packed row (Ulysses), for rows too long for one GPU; divides the ranks and the heads."""
     num_processes: Positive | None = None
     """Ranks on this machine; null for one a GPU, or one on CPU."""
 
@@ -121,8 +126,17 @@ class TrainConfig(Section):
     def _quantized_base_needs_an_adapter(self) -> "TrainConfig":
         if self.quantization == "nf4" and self.lora is None:
             raise ValueError("lora: null trains all weights, which a 4-bit base cannot do; set quantization: none")
-        if self.quantization == "none" and self.lora is not None and self.lora.init_lora_weights == "loftq":
+        start = str(self.lora.init_lora_weights) if self.lora is not None else ""
+        if self.quantization == "none" and start == "loftq":
             raise ValueError(
                 "lora.init_lora_weights: loftq corrects 4-bit rounding, of which quantization: none has none"
             )
+        if self.quantization == "nf4" and start.startswith("pissa"):
+            raise ValueError(
+                f"lora.init_lora_weights: {start} takes the principal part out of the base, and what is left would be "
+                "rounded to 4 bits: a base that is kept nowhere, and no adapter is right for the published one; set "
+                "quantization: none, or take loftq"
+            )
+        if start == "loftq" and self.lora is not None and self.lora.use_dora:
+            raise ValueError("lora.init_lora_weights: loftq changes directions, so use_dora's lengths no longer fit")
         return self

@@ -25,6 +25,7 @@ def changed_sections(recipe: Recipe, scratch: Path, rows: int) -> tuple[dict[str
         if changes["eval_fraction"] > recipe.eval_fraction:
             notes.append(f"eval_fraction: {recipe.eval_fraction:g} -> {changes['eval_fraction']:g}, of few rows")
     deployed = {key: getattr(recipe.compute, key) for key in ("prepare", "train", "publish", "dask")}
+    changes["register"] = {"by_reference": False}  # the scratch store is a folder
     changes["compute"] = {**dict.fromkeys(deployed), "num_proc": 1}
     named = [f"{value} ({key})" for key, value in deployed.items() if value]
     if named:
@@ -62,9 +63,15 @@ def _train(train: TrainConfig, scratch: Path) -> tuple[dict[str, Any], list[str]
     if train.dtype == "float16":
         values["dtype"] = "bfloat16"
         notes.append("train.dtype: float16 -> bfloat16, which a CPU has")
-    if train.lora is not None and train.lora.init_lora_weights == "loftq":
+    if train.lora is not None and train.lora.init_lora_weights not in (True, False, "gaussian"):
         values["lora"] = {"init_lora_weights": True}
-        notes.append("train.lora.init_lora_weights: loftq -> true; PEFT computes it on a GPU only")
+        notes.append(
+            f"train.lora.init_lora_weights: {train.lora.init_lora_weights} -> true; the tiny layers may have fewer "
+            "directions than r"
+        )
+    if train.sequence_parallel_size > 1:
+        values["sequence_parallel_size"] = 1
+        notes.append(f"train.sequence_parallel_size: {train.sequence_parallel_size} -> 1, one rank")
     if train.deepspeed is not None and train.deepspeed not in PRESETS:
         values["deepspeed"] = _with_auto(train, values, scratch)
         notes.append(f"train.deepspeed: a copy of {train.deepspeed} with batch sizes and dtype of the rehearsal")

@@ -17,11 +17,12 @@ from sft_core.recipe import TrainConfig
 from sft_core.train.best import best_checkpoint, best_in
 from sft_core.train.checkpoints import check_world_size, newest_complete, step_of
 from sft_core.train.launch import run_training
+from sft_core.train.launchers import ONE_MACHINE, Launch
 from sft_core.train.limits import check_training
 from sft_core.train.metrics import read_metrics
 from sft_core.train.spec import SAMPLES, TrainSpec
 
-STEP_VERSION = 3
+STEP_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,7 @@ class TrainInputs:
     work: Path
     conversations: Path | None = None
     """What was packed, with its held-out side; a message about a row can say where the row comes from."""
+    launch: Launch = ONE_MACHINE
 
 
 def train_adapter(
@@ -59,7 +61,7 @@ def train_adapter(
         conversations=str(inputs.conversations) if inputs.conversations else None,
     )
     spec.write(work / "spec.json")
-    run_training(work / "spec.json", num_processes, work / "train.log", on_line)
+    run_training(work / "spec.json", num_processes, work / "train.log", on_line, inputs.launch)
     checkpoint = newest_complete(work)
     metrics = read_metrics(work / "metrics.jsonl")
     if checkpoint is None or not metrics:

@@ -14,6 +14,7 @@ The rule, in this order (figures of it: benchmarks/README.md):
 Sources: FlashAttention's varlen interface; transformers' AttentionInterface guide.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 
+from sft_core.errors import RecipeError
 from sft_core.train.loss import causal_lm
+from sft_core.train.sequence_parallel import AcrossRanks, across_ranks, check_heads
 
 NAME = "packed_documents"
 HALF = (torch.bfloat16, torch.float16)
@@ -31,28 +34,33 @@ VARLEN_HEAD_DIM = 256
 """Largest head of PyTorch's flash kernels."""
 
 
-def use_packed_attention(model: Any) -> tuple[str, str]:
-    """Set `model` to what `choose_attention` says and feed it the borders; the choice and why, for the log."""
-    chosen, reason = choose_attention(model)
-    inner = causal_lm(model)
+def use_packed_attention(model: Any, sequence_parallel_size: int = 1) -> tuple[str, str]:
+    """Set `model` to what `choose_attention` says and feed it the borders; the choice and why, for the log.
+    RecipeError where ranks are to share rows and the model does not allow it."""
+    chosen, reason = choose_attention(model, shared=sequence_parallel_size > 1)
+    inner, across = causal_lm(model), across_ranks(sequence_parallel_size)
+    if across is not None:
+        check_heads(inner.config.get_text_config(), across.size)
+        if chosen != NAME:
+            raise RecipeError(f"train.sequence_parallel_size {across.size}: attention of whole rows only: {reason}")
     if chosen == NAME:
-        AttentionInterface.register(NAME, packed_attention)
+        AttentionInterface.register(NAME, partial(_shared_attention, across) if across else packed_attention)
         AttentionMaskInterface.register(NAME, mask_where_padded)
     if chosen != inner.config._attn_implementation:
         inner.set_attn_implementation(chosen)
     if chosen in (NAME, "flash_attention_2"):
-        inner.get_decoder().register_forward_pre_hook(_add_borders, with_kwargs=True)
+        inner.get_decoder().register_forward_pre_hook(partial(_add_borders, across), with_kwargs=True)
     return chosen, reason
 
 
-def choose_attention(model: Any) -> tuple[str, str]:
-    """An attention implementation for packed rows of this model on its device, and why."""
+def choose_attention(model: Any, shared: bool = False) -> tuple[str, str]:
+    """An attention implementation for packed rows of this model on its device, and why. `shared`: for `NAME` only."""
     inner = causal_lm(model)
     config = inner.config.get_text_config()
     default = inner.config._attn_implementation
     weight = inner.get_input_embeddings().weight
     cuda = weight.is_cuda or (hasattr(weight, "ds_id") and torch.cuda.is_available())  # ZeRO-3 may keep it elsewhere
-    if cuda and is_flash_attn_2_available() and inner._supports_flash_attn and config.dtype in HALF:
+    if not shared and cuda and is_flash_attn_2_available() and inner._supports_flash_attn and config.dtype in HALF:
         return "flash_attention_2", "flash-attention is installed"
     refusal = _not_covered(inner, config)
     if refusal:
@@ -102,13 +110,32 @@ def borders(position_ids: torch.Tensor) -> dict[str, Any]:
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
-def _add_borders(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _add_borders(
+    across: AcrossRanks | None, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
     positions = kwargs.get("position_ids")
     others = ("attention_mask", "past_key_values", "cu_seq_lens_q")
     if positions is None or positions.dim() != 2 or any(kwargs.get(name) is not None for name in others):
         return args, kwargs
     inputs = next(kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None)
-    return args, kwargs | borders(positions.expand(inputs.shape[:2]))
+    positions = positions.expand(inputs.shape[:2])
+    return args, kwargs | borders(across.whole(positions) if across and decoder.training else positions)
+
+
+def _shared_attention(
+    across: AcrossRanks,
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """`packed_attention` of whole rows for this rank's heads; in evaluation mode rows are not shared."""
+    if not module.training:
+        return packed_attention(module, query, key, value, attention_mask, **kwargs)
+    query, key, value = (across.by_heads(states) for states in (query, key, value))
+    return across.by_length(packed_attention(module, query, key, value, attention_mask, **kwargs)[0]), None
 
 
 def packed_attention(

@@ -73,6 +73,11 @@ def newest_complete(folder: Path) -> Path | None:
     return max(complete, key=step_of, default=None)
 
 
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """All complete checkpoints, in no order; torn ones stay: they may be being written."""
+    return [checkpoint for checkpoint in _checkpoints(folder) if read_mark(checkpoint) is not None]
+
+
 def keep_newest(folder: Path, number: int, also: int | None = None) -> None:
     """Delete all but the newest `number` complete checkpoints, and that of the optimizer step `also`."""
     complete = [checkpoint for checkpoint in _checkpoints(folder) if (checkpoint / COMPLETE).exists()]

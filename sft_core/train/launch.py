@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sft_core.errors import TrainError
-from sft_core.train.launchers import current_launch, training_command, training_environment
+from sft_core.train.launchers import ONE_MACHINE, Launch, training_command, training_environment
 from sft_core.train.ranks import RANKS, RankWatch
 from sft_core.train.said import Said
 from sft_core.train.worker import EXIT_STOPPED, PR_SET_PDEATHSIG
@@ -40,9 +40,10 @@ class _Silent(TrainError):
     """A rank gives no sign of life: there is nothing to wait for."""
 
 
-def run_training(spec: Path, num_processes: int, log: Path, on_line: Callable[[str], None]) -> None:
+def run_training(
+    spec: Path, num_processes: int, log: Path, on_line: Callable[[str], None], launch: Launch = ONE_MACHINE
+) -> None:
     """Run the ranks to their end. TrainError with the reason if they fail, TrainingStopped if they saved on SIGTERM."""
-    launch = current_launch()
     command = training_command(spec, num_processes, launch)
     local = launch.local_ranks(num_processes)
     watch = RankWatch(spec.parent / RANKS, num_processes, local, launch.ddp_timeout, time.monotonic())
@@ -60,7 +61,7 @@ def run_training(spec: Path, num_processes: int, log: Path, on_line: Callable[[s
             _relay(process, log, said, watch)
             status = process.wait()
     except BaseException as reason:  # also a cancelled flow's signal and Ctrl-C: the child must never be left behind
-        _stop(process, 0.0 if isinstance(reason, _Silent) else GRACE_SECONDS)
+        _stop(process, 0.0 if isinstance(reason, _Silent) else GRACE_SECONDS, log)
         raise
     finally:
         if process.stdout:
@@ -105,13 +106,16 @@ def _relay(process: subprocess.Popen[bytes], log: Path, said: Said, watch: RankW
                     raise _Silent(f"{fault}. All ranks were ended; the same command goes on from the newest checkpoint")
 
 
-def _stop(process: subprocess.Popen[bytes], grace: float) -> None:
-    """SIGTERM to the launcher, which passes it on to the ranks; SIGKILL when time is up. Ranks die with it."""
+def _stop(process: subprocess.Popen[bytes], grace: float, log: Path) -> None:
+    """SIGTERM to the launcher, which passes it on to the ranks; SIGKILL when time is up. Ranks die with it. Their last
+    words go to the log: a pipe that nobody reads could hold up the saving."""
     if process.poll() is None:
         if grace:
             process.terminate()
         try:
-            process.wait(grace)
+            words, _ = process.communicate(timeout=grace)
+            with contextlib.suppress(OSError), log.open("ab") as file:
+                file.write(words)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()

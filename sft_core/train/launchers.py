@@ -12,9 +12,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,27 +52,11 @@ class Launch:
         return range(self.node_rank * here, (self.node_rank + 1) * here)
 
 
-_current: ContextVar[Launch] = ContextVar("launch", default=Launch())  # noqa: B039 - frozen
+ONE_MACHINE = Launch()
 
 
-@contextmanager
-def launching(launch: Launch) -> Iterator[None]:
-    """Trainings started inside are started so."""
-    token = _current.set(launch)
-    try:
-        yield
-    finally:
-        _current.reset(token)
-
-
-def current_launch() -> Launch:
-    """That of the innermost `launching`, else one machine."""
-    return _current.get()
-
-
-def training_command(spec: Path, num_processes: int, launch: Launch | None = None) -> list[str]:
+def training_command(spec: Path, num_processes: int, launch: Launch = ONE_MACHINE) -> list[str]:
     """The command line that starts this machine's ranks."""
-    launch = launch or Launch()
     worker = ["-m", "sft_core.train.worker", str(spec), str(launch.ddp_timeout)]
     if not _by_torchrun(num_processes, launch):
         return [sys.executable, *worker]
@@ -87,10 +69,9 @@ def training_command(spec: Path, num_processes: int, launch: Launch | None = Non
 
 
 def training_environment(
-    environment: Mapping[str, str], num_processes: int, launch: Launch | None = None
+    environment: Mapping[str, str], num_processes: int, launch: Launch = ONE_MACHINE
 ) -> dict[str, str]:
     """The child's environment: unbuffered, offline telemetry, and without torchrun what it would have set."""
-    launch = launch or Launch()
     child = {**environment, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
     child["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(int(launch.ddp_timeout))  # ranks that were asked to stop are saving
     here = launch.local_world_size if launch.launcher == "slurm" else num_processes // launch.nnodes

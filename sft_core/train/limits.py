@@ -17,6 +17,13 @@ def check_training(train: TrainConfig, num_processes: int | None = None, cuda: b
             f"train.lora.use_dora with deepspeed {train.deepspeed}: under ZeRO-3 PEFT's DoRA trains to other weights "
             "than without it; take zero2, or use_dora: false"
         )
+    start = str(train.lora.init_lora_weights) if train.lora is not None else ""
+    if stage == 3 and start.startswith(("pissa", "loftq")):
+        raise RecipeError(
+            f"train.lora.init_lora_weights {start} with deepspeed {train.deepspeed}: it takes whole weights, and under "
+            "ZeRO-3 each rank holds parts; take zero2, or init_lora_weights: true"
+        )
+    _check_shared_rows(train, num_processes)
     if train.sample_prompts and stage == 3:
         raise RecipeError(
             f"train.sample_prompts with deepspeed {train.deepspeed}: under ZeRO-3 no rank holds the whole model to "
@@ -24,11 +31,23 @@ def check_training(train: TrainConfig, num_processes: int | None = None, cuda: b
         )
     if cuda is False and train.dtype == "float16":
         raise RecipeError("train.dtype float16: needs a GPU (its loss scaling has no CPU form); take bfloat16")
-    if cuda is False and train.lora is not None and train.lora.init_lora_weights == "loftq":
-        raise RecipeError("train.lora.init_lora_weights loftq: PEFT computes it on a GPU only; take true or gaussian")
     if stage == 3 and train.quantization == "nf4":
         return [
             f"note: deepspeed {train.deepspeed} with quantization nf4: each of the {num_processes or 'several'} ranks "
             "first loads the whole 4-bit base, then it is partitioned"
         ]
     return []
+
+
+def _check_shared_rows(train: TrainConfig, num_processes: int | None) -> None:
+    size = train.sequence_parallel_size
+    if num_processes is not None and num_processes % size:
+        raise RecipeError(
+            f"train.sequence_parallel_size {size} with {num_processes} ranks: ranks share rows in groups of {size}; "
+            f"set num_processes to a multiple of {size}"
+        )
+    if size > 1 and train.neftune_noise_alpha is not None:
+        raise RecipeError(
+            f"train.sequence_parallel_size {size} with neftune_noise_alpha: the noise's size goes by the length of "
+            "a row, of which a rank sees a part; set one of them to its default"
+        )

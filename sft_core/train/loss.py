@@ -43,16 +43,20 @@ PROBE_TOLERANCE = 1e-2
 def supervised_loss(
     model: Any, batch: Mapping[str, torch.Tensor], num_items_in_batch: torch.Tensor | int | None, way: LossWay
 ) -> torch.Tensor:
-    """Scalar loss of `batch`; `labels` is (batch, length) with IGNORE_INDEX where nothing is trained.
+    """Scalar loss of `batch`; `labels` is (batch, length) with IGNORE_INDEX where nothing is trained. `shift_labels`,
+    where the batch has them: the token after each, which may be on another rank.
 
     `num_items_in_batch`: supervised tokens of the whole optimizer step; None for the mean over this batch.
     """
-    inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
-    labels = batch["labels"]
+    inputs: dict[str, Any] = {name: value for name, value in batch.items() if name not in ("labels", "shift_labels")}
+    labels, targets = batch["labels"], batch.get("shift_labels")
     inner = causal_lm(model)
     if way == "own":
+        if targets is not None:
+            inputs["shift_labels"] = targets
         return _own_loss(model, inputs, labels, num_items_in_batch)
-    targets = pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]  # (batch, length): the token after each
+    if targets is None:
+        targets = pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]  # (batch, length): the token after each
     keep = targets != IGNORE_INDEX
     chosen = targets[keep]  # (supervised,)
     inputs |= {"labels": chosen, "shift_labels": chosen, "logits_to_keep": keep, "use_cache": False}
@@ -92,7 +96,7 @@ def _own_loss(
 ) -> torch.Tensor:
     """From whole logits. A forward that knows no `num_items_in_batch` gives a mean over its batch."""
     inner = causal_lm(model)
-    supervised = (labels[:, 1:] != IGNORE_INDEX).sum()
+    supervised = (inputs.get("shift_labels", labels[:, 1:]) != IGNORE_INDEX).sum()
     parameters = inspect.signature(type(inner).forward).parameters.values()
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         output = model(**inputs, labels=labels, num_items_in_batch=num_items_in_batch, use_cache=False)

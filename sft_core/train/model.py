@@ -1,7 +1,7 @@
 """The model to train: base weights, 4-bit where asked, with a fresh LoRA adapter, or all weights trained.
 
 Sources: QLoRA, arXiv 2305.14314 (nf4, double quantisation); LoRA, arXiv 2106.09685; rsLoRA, 2312.03732; DoRA,
-2402.09353; LoftQ, 2310.08659; PEFT's and bitsandbytes' guides.
+2402.09353; PEFT's and bitsandbytes' guides.
 """
 
 from pathlib import Path
@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig as PeftLoraConfig
-from peft import get_peft_model, prepare_model_for_kbit_training, replace_lora_weights_loftq
+from peft import get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sft_core.errors import RecipeError
 from sft_core.recipe import LoraConfig, TrainConfig
+from sft_core.train.initial import initialise
 from sft_core.train.targets import ALL_LINEAR, adapted_modules, check_modules_to_save, fused_experts
 
 
@@ -68,15 +69,18 @@ def peft_config(lora: LoraConfig, modules: list[str]) -> PeftLoraConfig:
         modules_to_save=list(lora.modules_to_save) or None,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
-        init_lora_weights=True if lora.init_lora_weights == "loftq" else lora.init_lora_weights,
+        init_lora_weights="gaussian" if lora.init_lora_weights == "gaussian" else True,  # `initialise` does the rest
         bias="none",
         task_type="CAUSAL_LM",
     )
 
 
-def load_trainable(path: str | Path, train: TrainConfig, trust_remote_code: bool) -> tuple[Any, list[str]]:
+def load_trainable(
+    path: str | Path, train: TrainConfig, trust_remote_code: bool, work: Path | None = None
+) -> tuple[Any, list[str]]:
     """Base plus adapter (or the base alone, to train whole), ready for the Trainer; and notes for whoever started the
-    run. RecipeError if the targets name no module of this model."""
+    run. `work`: folder of the run, which may have to remember the adapter it began with. RecipeError if the targets
+    name no module of this model."""
     model = load_base(path, train, trust_remote_code)
     model.config.use_cache = False
     notes = _notes(model, train)
@@ -89,13 +93,12 @@ def load_trainable(path: str | Path, train: TrainConfig, trust_remote_code: bool
         model = get_peft_model(model, peft_config(train.lora, adapted_modules(model, train.lora)))
     except ValueError as error:
         raise RecipeError(f"train.lora.target_modules {train.lora.target_modules!r}: {error}") from None
-    if train.lora.init_lora_weights == "loftq":
-        replace_lora_weights_loftq(model, str(Path(path) / "model.safetensors"))
     # A 16-bit sum swallows small updates. ZeRO-3 keeps float32 copies itself, and casts nothing that came in parts.
     dtype = getattr(torch, train.dtype) if is_deepspeed_zero3_enabled() else torch.float32
     for parameter in model.parameters():
         if parameter.requires_grad and not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.to(dtype)
+    initialise(model, Path(path), train, work)
     return model, notes
 
 

@@ -43,7 +43,7 @@ def train_along(
                 f"node {launch.node_rank}: {path} is not there, but node 0 has it; the store and the base model must "
                 "lie under one path on all machines"
             )
-    run_training(work / SPEC, num_processes, work / f"train-node{launch.node_rank}.log", on_line)
+    run_training(work / SPEC, num_processes, work / f"train-node{launch.node_rank}.log", on_line, launch)
     return True
 
 

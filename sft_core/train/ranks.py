@@ -8,6 +8,7 @@ size and is overwritten in place: a full disk does not stop it.
 import atexit
 import json
 import os
+import re
 import socket
 import threading
 from collections.abc import Iterable
@@ -22,6 +23,8 @@ BEAT_SECONDS = 5.0
 PAUSE_SECONDS = 30.0
 """Between two looks of a watch: it was stopped itself (a suspended job), and that time counts for nobody."""
 RECORD_BYTES = 256
+COLLECTIVES = re.compile("gloo|NCCL|TCPStore")
+"""In the text of what torch's collectives raise as a plain RuntimeError."""
 PREPARING, TRAINING, SAVING, ENDED = "preparing", "training", "saving", "ended"
 
 
@@ -144,6 +147,13 @@ class RankWatch:
         return (
             f"furthest behind: {', '.join(names)}" if len(names) < len(beats) or len(names) == 1 else "none is behind"
         )
+
+
+def waited_in_vain(error: Exception) -> bool:
+    """Whether this is what a rank gets that waits for a lost one."""
+    from torch.distributed import DistError  # loaded by now, where ranks wait
+
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and bool(COLLECTIVES.search(str(error))))
 
 
 def _name(rank: int, seen: _Seen) -> str:

@@ -12,14 +12,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch.utils.data import SequentialSampler
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 from sft_core.errors import TrainError
 from sft_core.pack import IGNORE_INDEX
 from sft_core.train.batches import ROW_NUMBERS, ROW_TOKENS, NumberedCollator, NumberedRows
 from sft_core.train.checkpoints import Counts
+from sft_core.train.initial import INITIAL
 from sft_core.train.loss import LossWay, supervised_loss
+from sft_core.train.ranks import waited_in_vain
+from sft_core.train.sequence_parallel import AcrossRanks, SharedBatches
 from sft_core.train.stream import PackedStream
 from sft_core.train.watch import StepWatch
 
@@ -29,6 +32,8 @@ class PackedTrainer(Trainer):
 
     loss_is_scaled_for_ga = True
     """By the supervised tokens of the whole optimizer step."""
+    across: AcrossRanks | None = None
+    """The ranks with which this one shares rows."""
 
     def __init__(
         self, model: Any, args: TrainingArguments, stream: PackedStream, watch: StepWatch, log: Any, loss_way: LossWay
@@ -43,11 +48,14 @@ class PackedTrainer(Trainer):
         self.counts = Counts()
         self.loss_way = loss_way
         self.eval_loss: float | None = None  # of the optimizer step at hand, for its log entry
-        self._watch = watch
+        self._watch, self._pad_token_id = watch, stream.pad_token_id
         log.trainer = self
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        rows = train_dataset if train_dataset is not None else self.train_dataset
+        if self.across is None:
+            return SequentialSampler(rows)
+        return SharedBatches(len(rows), self.args.per_device_train_batch_size, self.across.size)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
         """Supervised tokens of the optimizer step at hand, all ranks together; at least 1, as it divides."""
@@ -56,6 +64,8 @@ class PackedTrainer(Trainer):
         both = torch.stack([torch.as_tensor(supervised), torch.as_tensor(tokens)]).to(device)
         if self.args.world_size > 1:
             dist.all_reduce(both)
+        if self.across is not None:
+            both //= self.across.size  # all ranks of a group counted the same rows
         counts = self.counts
         self.counts = replace(
             counts,
@@ -68,7 +78,9 @@ class PackedTrainer(Trainer):
         """One micro-batch; the watch keeps its loss."""
         rows = inputs.pop(ROW_NUMBERS).tolist()
         inputs.pop(ROW_TOKENS)
-        supervised = (inputs["labels"] != IGNORE_INDEX).sum()
+        if self.across is not None:
+            inputs = self.across.part(inputs, self._pad_token_id)
+        supervised = (inputs.get("shift_labels", inputs["labels"]) != IGNORE_INDEX).sum()
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         self._watch.add(loss, supervised, rows)
         return loss
@@ -99,11 +111,17 @@ class PackedTrainer(Trainer):
         return norm
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """The Trainer's, with one clear error where the disk is full; what was half written is deleted."""
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        """The Trainer's, with one clear error where the disk is full; what was half written is deleted. A lost rank is
+        no matter of the disk: its error goes on as it is."""
+        output = Path(self.args.output_dir)
+        folder = output / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
+            if self.is_world_process_zero() and (output / INITIAL).exists():
+                shutil.copyfile(output / INITIAL, folder / INITIAL)
         except (OSError, RuntimeError, SafetensorError) as error:
+            if waited_in_vain(error):
+                raise
             why = str(error.__cause__ or error).partition("\n")[0]
             shutil.rmtree(folder, ignore_errors=True)
             free = shutil.disk_usage(folder.parent).free

@@ -9,7 +9,6 @@ import errno
 import json
 import math
 import os
-import re
 import signal
 import sys
 from pathlib import Path
@@ -32,7 +31,7 @@ def main(spec_path: str, ddp_timeout: float) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which asks for a stop
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from sft_core.errors import SftError  # after the environment is set
-    from sft_core.train.ranks import RANKS, Heart
+    from sft_core.train.ranks import RANKS, Heart, waited_in_vain
     from sft_core.train.spec import TrainSpec
 
     heart = Heart(Path(spec_path).parent / RANKS, os.environ.get("RANK", "0"), ddp_timeout)  # beats while torch loads
@@ -52,7 +51,7 @@ def main(spec_path: str, ddp_timeout: float) -> int:
         print(FAULT + json.dumps(message), flush=True)
         return 1
     except RuntimeError as error:
-        if os.environ.get("WORLD_SIZE", "1") == "1" or not re.search("gloo|NCCL|TCPStore", str(error)):
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not waited_in_vain(error):
             raise
         why = str(error).partition("\n")[0]
         print(LOST + json.dumps(f"rank {os.environ['RANK']} waited for other ranks in vain ({why})"), flush=True)
@@ -76,33 +75,40 @@ def run(spec: Any, heart: Any, ddp_timeout: float) -> int:
     from sft_core.train.model import load_trainable
     from sft_core.train.pulse import Pulse
     from sft_core.train.run_log import RunLog
+    from sft_core.train.sequence_parallel import across_ranks
     from sft_core.train.stream import PackedStream
     from sft_core.train.trainer import PackedTrainer
     from sft_core.train.watch import StepWatch
 
     transformers.utils.logging.set_verbosity_error()
     config = spec.config
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     pulse = Pulse(heart, ddp_timeout)
     packed = load_packed(Path(spec.packed), cache=Path(spec.checkpoints) / "packed.arrow")  # mapped, shared by ranks
-    stream = PackedStream(packed, config.num_train_epochs, world_size * config.per_device_train_batch_size)
-    rows_a_step = world_size * config.per_device_train_batch_size * config.gradient_accumulation_steps
-    max_steps = config.max_steps or math.ceil(stream.rows / rows_a_step)
+    rows = config.per_device_train_batch_size * (int(os.environ.get("WORLD_SIZE", 1)) // config.sequence_parallel_size)
+    stream = PackedStream(packed, config.num_train_epochs, rows)  # all ranks' rows of a micro-batch together
+    max_steps = config.max_steps or math.ceil(stream.rows / (rows * config.gradient_accumulation_steps))
     arguments = pulse.join(training_arguments(spec, max_steps))  # before the model: ZeRO-3 partitions while loading
     transformers.set_seed(spec.seed)
-    model, notes = load_trainable(spec.base_model, config, spec.trust_remote_code)
-    attention, why_attention = use_packed_attention(model)
+    model, notes = load_trainable(spec.base_model, config, spec.trust_remote_code, Path(spec.checkpoints))
+    attention, why_attention = use_packed_attention(model, config.sequence_parallel_size)
     loss_way, why_loss = choose_loss(model)
     notes.append(f"note: attention {attention} ({why_attention}), loss {loss_way} ({why_loss})")
     if arguments.process_index == 0:
         print("\n".join(notes), flush=True)
     stop = _StopFlag()
     log = RunLog(spec, max_steps, stop, packs=packed.packing != "none")
-    watch = StepWatch(packed, stream, Path(spec.conversations) if spec.conversations else None)
-    trainer = PackedTrainer(model, arguments, stream, watch, log, loss_way)
+    trainer = PackedTrainer(
+        model,
+        arguments,
+        stream,
+        StepWatch(packed, stream, Path(spec.conversations) if spec.conversations else None),
+        log,
+        loss_way,
+    )
+    trainer.across = across_ranks(config.sequence_parallel_size)
     with arguments.main_process_first(local=False):  # it deletes torn checkpoints, of all machines
         resume = newest_complete(Path(spec.checkpoints))
-    log.start(resume, world_size, speaks=arguments.process_index == 0)
+    log.start(resume, arguments.world_size, speaks=arguments.process_index == 0)
     if resume and stopped_early(resume, config.early_stopping_patience):
         return 0
     if config.eval_steps is not None:
@@ -158,4 +164,4 @@ if __name__ == "__main__":
     ended = main(sys.argv[1], float(sys.argv[2]))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(ended)  # all is saved; in the interpreter's own shutdown, threads of libraries were seen to abort the process
+    os._exit(ended)  # all is saved; in the interpreter's own shutdown, threads of libraries were seen to abort it

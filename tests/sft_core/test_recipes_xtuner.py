@@ -184,7 +184,6 @@ def test_what_has_no_counterpart_is_named_with_its_value(tmp_path: Path) -> None
         ("bias='none'", "rank_pattern={'q': 1}", "model.lora.rank_pattern.q", "1"),
         ("eta_min=0.0", "eta_min=1e-6", "param_scheduler.1.eta_min", "1e-06"),
         ("optim_type = AdamW", "optim_type = 'SGD'", "optim_wrapper.optimizer.type", "'SGD'"),
-        ("(0.9, 0.999)", "(0.8, 0.999)", "optim_wrapper.optimizer.betas", "[0.8, 0.999]"),
         ("visualizer = None", "visualizer = dict(type='Visualizer')", "visualizer", "Visualizer()"),
         ("resume = False", "resume = True", "resume", "True"),
         ("resume = False", "my_own = 12345", "my_own", "12345"),
@@ -216,11 +215,18 @@ def test_a_setting_that_cannot_come_over_is_named(
     assert value is None or found[name] == value
 
 
-def test_sequence_parallel_accumulation_is_taken_back(tmp_path: Path) -> None:
+def test_adamws_settings_come_over(tmp_path: Path) -> None:
+    text = (SETTINGS + QLORA + OASST1 + REST).replace("betas=betas", "betas=(0.8, 0.95), eps=1e-6")
+    train = imported(tmp_path, text).recipe.train
+    assert (train.adam_beta1, train.adam_beta2, train.adam_epsilon) == (0.8, 0.95, 1e-6)
+
+
+def test_sequence_parallelism_comes_over_with_its_accumulation(tmp_path: Path) -> None:
     result = imported(tmp_path, SETTINGS, QLORA, OASST1, REST, sequence_parallel_size="4")
-    assert result.recipe.train.gradient_accumulation_steps == 16
-    assert result.recipe.train.save_steps == 8  # 500 micro-batches of 64 a step
-    assert remarks(result)["sequence_parallel_size"] == "4"
+    train = result.recipe.train
+    assert (train.sequence_parallel_size, train.gradient_accumulation_steps) == (4, 64)  # 16 * 4, by a quarter of ranks
+    assert train.save_steps == 8  # 500 micro-batches of 64 a step
+    assert "sequence_parallel_size" not in remarks(result)
 
 
 def test_a_model_that_is_not_fine_tuning_of_texts_is_refused(tmp_path: Path) -> None:

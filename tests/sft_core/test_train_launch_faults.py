@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sft_core.errors import TrainError
-from sft_core.train.launchers import Launch, free_port, launching
+from sft_core.train.launchers import Launch, free_port
 from sft_core.train.ranks import RANKS, Beat
 from tests.sft_core.train_runs import config, train
 
@@ -85,8 +85,8 @@ def test_a_rank_that_is_lost_or_hangs_is_named_and_no_rank_remains(
             ranks.extend(pids(tmp_path))
             os.kill(ranks[1], number)
 
-    with launching(Launch(ddp_timeout=limit)), pytest.raises(TrainError, match=expected) as fault:
-        train(packed, tiny_model, tmp_path, config(**LONG), strike)
+    with pytest.raises(TrainError, match=expected) as fault:
+        train(packed, tiny_model, tmp_path, config(**LONG), strike, Launch(ddp_timeout=limit))
     assert "Traceback" not in str(fault.value)
     await_end(ranks)
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from sft_core.pack import pack_dataset
 from sft_core.recipe import LoraConfig, PackConfig, TrainConfig
 from sft_core.train import TrainInputs, train_adapter
+from sft_core.train.launchers import ONE_MACHINE, Launch
 from sft_core.train.metrics import read_metrics
 
 PLAIN = TrainConfig(
@@ -48,7 +49,12 @@ def make_packed(folder: Path, model: Path, write_conversations: Callable[..., Pa
 
 
 def train(
-    packed: Path, model: Path, folder: Path, section: TrainConfig, on_line: Callable[[str], None] = lambda _: None
+    packed: Path,
+    model: Path,
+    folder: Path,
+    section: TrainConfig,
+    on_line: Callable[[str], None] = lambda _: None,
+    launch: Launch = ONE_MACHINE,
 ) -> Path:
     """Run, or go on with, a training below `folder`; the folder of its artifact. A new one for each that ends."""
     inputs = TrainInputs(
@@ -57,6 +63,7 @@ def train(
         trust_remote_code=False,
         work=folder / "work",
         conversations=packed.parent / "conversations",
+        launch=launch,
     )
     train_adapter(inputs, section, 7, folder / "out", on_line)
     return folder / "out"

@@ -77,6 +77,7 @@ REASONS = {
     "SYSTEM": "of sample chats while training, which there are none of",
     "evaluation_*": "of sample chats while training, which there are none of",
     "warm*ratio": "",
+    "sequence_parallel_size": "",
     "launcher": "the launcher is chosen by `compute`",
     "work_dir": "results lie in `store`",
     "*": "not known to the import; look whether it matters",

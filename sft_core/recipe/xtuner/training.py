@@ -4,7 +4,6 @@ In: `train_dataloader`, `optim_wrapper`, `param_scheduler`, `train_cfg`, `defaul
 XTuner counts micro-batches (`iter`), the recipe optimizer steps: intervals are divided by `accumulative_counts`.
 """
 
-from sft_core.recipe import TrainConfig
 from sft_core.recipe.xtuner.config import Config, last_name
 
 OPTIMIZER = "optim_wrapper.optimizer"
@@ -29,17 +28,13 @@ def read_training(config: Config) -> None:
 
 
 def _read_accumulation(config: Config) -> int:
-    """Micro-batches an optimizer step. XTuner multiplies them by its sequence parallel size; that is taken back."""
+    """Micro-batches an optimizer step. As here, XTuner's micro-batch is one of a group of ranks that share rows."""
     path = "optim_wrapper.accumulative_counts"
     counts = int(config.number(path) or 1)
-    parallel = config.number("sequence_parallel_size") or 1
+    config.set("train.gradient_accumulation_steps", counts, path)
+    parallel = int(config.number("sequence_parallel_size") or 1)
     if parallel > 1:
-        why = "no sequence parallelism: a packed row has to fit on one GPU; accumulation is divided by it"
-        config.remark("sequence_parallel_size", int(parallel), why)
-        shown = f"{path} {counts} / sequence_parallel_size {int(parallel)}"
-        config.set("train.gradient_accumulation_steps", max(1, counts // int(parallel)), shown)
-    else:
-        config.set("train.gradient_accumulation_steps", counts, path)
+        config.set("train.sequence_parallel_size", parallel, "sequence_parallel_size")
     return counts
 
 
@@ -52,11 +47,8 @@ def _read_optimizer(config: Config) -> None:
     config.copy("train.max_grad_norm", "optim_wrapper.clip_grad.max_norm")
     betas = [] if config.literal(f"{OPTIMIZER}.betas") is None else config.items(f"{OPTIMIZER}.betas")
     for i, beta in enumerate(betas):
-        key = f"adam_beta{i + 1}"
-        if key in TrainConfig.model_fields:
-            config.set(f"train.{key}", beta, f"{OPTIMIZER}.betas")
-        elif beta != 0.9:
-            config.remark(f"{OPTIMIZER}.betas", betas, "the first beta is 0.9")
+        config.set(f"train.adam_beta{i + 1}", beta, f"{OPTIMIZER}.betas")
+    config.copy("train.adam_epsilon", f"{OPTIMIZER}.eps")
 
 
 def _read_schedule(config: Config) -> None:
