@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from cli import convert, data, models, recipes, run
+from cli import convert, data, models, recipes, run, store, up
 from cli.chat import chat
 from cli.environment import DEBUG, debugging, quiet_libraries, set_defaults
 from sft_core.errors import SftError
@@ -24,10 +24,12 @@ app.command()(run.run)
 app.command()(run.train)
 app.command()(run.explain)
 app.command()(chat)
+app.command()(up.up)
 app.add_typer(convert.app, name="convert")
 app.add_typer(data.app, name="data")
 app.add_typer(models.app, name="models")
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(store.app, name="store")
 
 
 def main() -> None:

@@ -4,19 +4,19 @@ In: a resolved recipe, its plan, a step's key. Out: `Built`. This is the one pla
 and the command line both come through here.
 """
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sft_core.artifacts import Artifact, Manifest, Outcome, check_ledger
+from sft_core.artifacts import KIND_OF_STEP, Artifact, Manifest, Outcome, check_ledger
 from sft_core.base_model import local_base_model
 from sft_core.convert import ConvertOptions, convert_checkpoint
 from sft_core.errors import SourceError
 from sft_core.evaluate import EvaluatedModel, evaluate_model
 from sft_core.fetch import describe_source, fetch_dataset
+from sft_core.lease import Lease
 from sft_core.merge import MergeOptions, merge_adapter
 from sft_core.normalize import NormalizeSource, normalize_dataset
 from sft_core.pack import TokenizerSource, pack_dataset
@@ -25,6 +25,8 @@ from sft_core.recipe import Recipe
 from sft_core.shards import Earlier, Mapper, NothingEarlier, Sharding, read_shard_list
 from sft_core.store import Store, list_files
 from sft_core.train import TrainInputs, train_adapter
+from sft_core.train.launchers import ONE_MACHINE, Launch
+from sft_core.train.mirror import Mirror, mirroring
 
 SHARDED = ("fetch", "normalize", "pack")
 """Steps that work shard by shard."""
@@ -52,6 +54,10 @@ class Retraining:
     mapper: Mapper = map
     earlier: Earlier = NothingEarlier()
     """What this recipe last built for the step at hand."""
+    lease: Lease | None = None
+    """Held while training."""
+    launch: Launch = ONE_MACHINE
+    """How ranks are started."""
 
     def folder(self, key: str) -> Path:
         """Local folder of an artifact that an earlier step wrote."""
@@ -78,9 +84,21 @@ def run_step(run: Retraining, key: str) -> Built:
     artifact = run.store.artifact(planned.step, planned.fingerprint)
     manifest = run.store.find(planned.step, planned.fingerprint)
     if manifest is not None:
+        run.store.mark_used(planned.step, planned.fingerprint)
         return Built(artifact, manifest, reused=True)
+    if planned.step != "train":
+        return Built(artifact, _build(run, planned), reused=False)
+    with run.store.training_lease(planned.fingerprint, run.on_line) as lease:
+        manifest = run.store.find("train", planned.fingerprint)  # another trainer may have ended meanwhile
+        built = Built(artifact, manifest or _build(replace(run, lease=lease), planned), reused=manifest is not None)
+    run.store.drop_work("train", planned.fingerprint)  # resumable state has done its work
+    return built
+
+
+def _build(run: Retraining, planned: PlannedStep) -> Manifest:
+    """Build and publish; the manifest that won."""
     if planned.step in SHARDED:
-        run = replace(run, earlier=run.store.earlier(run.hint(key)))
+        run = replace(run, earlier=run.store.earlier(run.hint(planned.key)))
     started, clock = datetime.now(UTC).isoformat(), time.monotonic()
     with run.store.staging(planned.step) as out:
         outcome = BUILDERS[planned.step](run, planned, out)
@@ -88,9 +106,9 @@ def run_step(run: Retraining, key: str) -> Built:
         if planned.step in SHARDED:
             _say_shards(run, planned, out)
         manifest = Manifest(
-            kind=artifact.kind,
+            kind=KIND_OF_STEP[planned.step],
             step=planned.step,
-            name=f"{run.recipe.name}:{key}",
+            name=f"{run.recipe.name}:{planned.key}",
             fingerprint=planned.fingerprint,
             parts=planned.parts,
             inputs=planned.inputs,
@@ -104,10 +122,8 @@ def run_step(run: Retraining, key: str) -> Built:
         )
         manifest = run.store.publish(out, manifest)
     if planned.step in SHARDED:
-        run.store.remember(run.hint(key), planned.step, planned.fingerprint)
-    if planned.step == "train":
-        shutil.rmtree(run.store.work_in_progress("train", planned.fingerprint))  # resumable state has done its work
-    return Built(artifact, manifest, reused=False)
+        run.store.remember(run.hint(planned.key), planned.step, planned.fingerprint)
+    return manifest
 
 
 def _say_shards(run: Retraining, planned: PlannedStep, out: Path) -> None:
@@ -141,15 +157,19 @@ def _pack(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
 
 
 def _train(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
-    work = run.store.work_in_progress("train", planned.fingerprint)
+    assert run.lease is not None, "training is built under its lease"
+    store, work = run.store, run.store.work_in_progress("train", planned.fingerprint)
     inputs = TrainInputs(
         packed=run.folder("pack"),
         base_model=run.base_model(),
         trust_remote_code=run.recipe.base_model.trust_remote_code,
         work=work,
         conversations=run.folder("normalize"),
+        launch=run.launch,
     )
-    return train_adapter(inputs, run.recipe.train, run.recipe.seed, out, run.on_line)
+    mirror = None if store.is_local else Mirror(store.files, store.mirror("train", planned.fingerprint), work)
+    with mirroring(mirror, run.lease, run.on_line) as on_line:
+        return train_adapter(inputs, run.recipe.train, run.recipe.seed, out, on_line)
 
 
 def _convert(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:

@@ -18,7 +18,7 @@ LEAST_SECONDS = 3.0
 """Between two updates of the progress artifact."""
 
 
-@task(name="train", task_run_name="train-{job.recipe.name}", **{**STEP, "retries": 0})
+@task(name="train", task_run_name="train {job.recipe.name}", **{**STEP, "retries": 0})
 def train(job: Job) -> Any:
     """Train in a child process; its progress lines reach the log and a progress artifact. Resumes from checkpoints."""
     progress = Progress(job.recipe.name)

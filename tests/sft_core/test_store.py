@@ -119,4 +119,4 @@ def test_a_ledger_that_does_not_balance_is_noticed() -> None:
 
 def test_memory_stores_are_really_remote() -> None:
     assert not Store("memory://x").is_local
-    assert isinstance(fsspec.filesystem("memory"), type(Store("memory://x")._fs))
+    assert isinstance(fsspec.filesystem("memory"), type(Store("memory://x").files.fs))
