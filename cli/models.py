@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from sft_core.lineage import Recorded
     from tasks.registry import RegisteredVersion
 
-app = typer.Typer(no_args_is_help=True, help="Registered models: list, promote, roll back, trace, compare, reproduce.")
+app = typer.Typer(
+    no_args_is_help=True, help="Registered models: list, promote, reject, roll back, trace, compare, reproduce."
+)
 Reference = Annotated[str, typer.Argument(metavar="MODEL", help="NAME (its champion), NAME@ALIAS or NAME/VERSION.")]
 ModelName = Annotated[str, typer.Argument(metavar="NAME", help="Name in the registry.")]
 Reason = Annotated[str, typer.Option(help="Why; kept in the registry.")]
@@ -47,6 +49,18 @@ def promote(
 
     moved = promote(name, version, reason, override_gate=override_gate)
     print(f"{name}: champion {moved.before or 'none'} -> {moved.after}")
+
+
+@app.command()
+def reject(
+    name: ModelName,
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="Number or alias.")],
+    reason: Reason,
+) -> None:
+    """Bar a version that is not the champion from becoming it, such as one that waits for approval."""
+    from tasks.models import reject
+
+    print(f"{name}: version {reject(name, version, reason)} is barred")
 
 
 @app.command()

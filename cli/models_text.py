@@ -16,11 +16,15 @@ MARKS = {True: " ", False: "!"}
 
 def versions_table(name: str, versions: "Sequence[RegisteredVersion]") -> Table:
     """One line a version."""
+    from tasks.approval import read_approval  # imports mlflow
+
     table = Table("version", "aliases", "merged model", "verdict", title=name, title_justify="left", box=None)
     for version in versions:
         aliases = " ".join(f"@{alias}" for alias in version.aliases)
-        barred = version.tags.get("sft.barred")
+        barred, approval = version.tags.get("sft.barred"), read_approval(version)
         verdict = f"barred: {barred}" if barred else version.verdict
+        if approval is not None and not barred:
+            verdict = f"approval: {approval.outcome}. {verdict}"
         table.add_row(version.number, aliases, version.merged_fingerprint[:12], escape(verdict))
     return table
 

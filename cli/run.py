@@ -4,9 +4,12 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from cli.summary import Ended
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, a YAML file, or an fsspec URL.")
@@ -43,7 +46,7 @@ def run(
     """
     from rich.console import Console
 
-    from cli.summary import print_summary
+    from cli.summary import Ended, print_summary
     from sft_core.errors import RecipeError
     from sft_core.plan import plan_recipe
     from sft_core.recipe import parse_settings, resolve
@@ -56,17 +59,19 @@ def run(
     if rehearse:
         from cli.rehearse import rehearse as rehearse_recipe
 
-        rehearse_recipe(resolved, rehearse_rows or [], keep, lambda file: _run_flow(file, {}))
+        rehearse_recipe(resolved, rehearse_rows or [], keep, lambda file: _run_flow(file, {}).registered)
         return
     for key in ("datasets", "eval_datasets"):
         if key in overrides:
             raise RecipeError(f"--set {key}: the data sets of a run are its recipe's; edit a copy (sft recipes copy)")
     print(f"planning {resolved.name}: hashing the sources and the base model", file=sys.stderr, flush=True)
     plan = plan_recipe(resolved)
-    result = _registered_already(resolved, plan)
-    if result is None:
-        result = _run_flow(recipe, overrides) or _registered_already(resolved, plan)
-    print_summary(Console(), resolved, plan, result, time.monotonic() - clock)
+    ended = Ended(_registered_already(resolved, plan))
+    if ended.registered is None:
+        ended = _run_flow(recipe, overrides)
+        if ended == Ended(None):  # a deployment registered it
+            ended = Ended(_registered_already(resolved, plan))
+    print_summary(Console(), resolved, plan, ended, time.monotonic() - clock)
 
 
 def train(
@@ -132,13 +137,16 @@ def _registered_already(recipe: Any, plan: Any) -> dict[str, Any] | None:
     return registered_summary(recipe.model_name, plan["merge"].fingerprint)
 
 
-def _run_flow(recipe: str, overrides: dict[str, Any]) -> dict[str, Any] | None:
+def _run_flow(recipe: str, overrides: dict[str, Any]) -> "Ended":
     print("starting Prefect", file=sys.stderr, flush=True)
     from cli.environment import debugging
     from cli.prefect_console import quiet_tracebacks
+    from cli.summary import Ended
     from flows.retrain import retrain  # imports prefect
 
     general = {key: overrides.pop(key) for key in ("name", "seed", "store", "eval_fraction") if key in overrides}
     if not debugging():
         quiet_tracebacks()
-    return retrain(recipe=recipe, general=general or None, **overrides)
+    state = retrain(recipe=recipe, general=general or None, return_state=True, **overrides)
+    registered = state.result()  # raises what the flow raised
+    return Ended(registered, state.message if state.name == "Skipped" else None)

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +25,36 @@ METRICS = (
 NUM_SAMPLES = 3
 
 
-def print_summary(console: Console, recipe: Recipe, plan: Plan, result: dict[str, Any] | None, seconds: float) -> None:
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a retraining ended: what `register` returned, or why nothing was trained."""
+
+    registered: dict[str, Any] | None
+    skipped: str | None = None
+
+
+def print_summary(console: Console, recipe: Recipe, plan: Plan, ended: Ended, seconds: float) -> None:
     """Print the summary of a finished retraining; its figures come from the store's manifests."""
     store = Store(recipe.store)
     manifests = {key: store.find(step.step, step.fingerprint) for key, step in plan.steps.items()}
     found = {key: manifest for key, manifest in manifests.items() if manifest is not None}
     console.rule()
-    console.print(_headline(recipe, result, seconds), highlight=False, soft_wrap=True)
+    console.print(_headline(recipe, ended, seconds), highlight=False, soft_wrap=True)
     for line in _figures(found):
         console.print(line, highlight=False, soft_wrap=True)
-    console.print(_scores(found))
-    _print_samples(console, found)
-    if result is not None:
-        console.print(f"[bold]verdict[/]   {escape(result['verdict'])}\n", highlight=False)
-    for label, command in _commands(recipe):
+    if ended.skipped is None:
+        console.print(_scores(found))
+        _print_samples(console, found)
+    if ended.registered is not None:
+        console.print(f"[bold]verdict[/]   {escape(ended.registered['verdict'])}\n", highlight=False)
+    for label, command in [*_to_decide(ended), *_commands(recipe)]:
         console.print(f"[bold]{label:10}[/]{escape(command)}", highlight=False, soft_wrap=True)
 
 
-def _headline(recipe: Recipe, result: dict[str, Any] | None, seconds: float) -> str:
-    took = f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+def _headline(recipe: Recipe, ended: Ended, seconds: float) -> str:
+    took, result = f"{seconds // 60:.0f} min {seconds % 60:.0f} s", ended.registered
+    if ended.skipped is not None:
+        return f"[bold]{recipe.name}[/]  [yellow]skipped[/], nothing trained: {escape(ended.skipped)}  ({took})"
     if result is None:
         return f"[bold]{recipe.name}[/]  nothing registered  ({took})"
     aliases = ", ".join(f"@{alias}" for alias in result["aliases"]) or "no alias"
@@ -112,18 +124,44 @@ def _short(text: str) -> str:
     return line if len(line) <= 100 else f"{line[:97]}..."
 
 
+def _to_decide(ended: Ended) -> list[tuple[str, str]]:
+    """How to train all the same; how to approve a version that waits for it."""
+    if ended.skipped is not None:
+        return [("anyway", "the same command with --set schedule.min_new_rows=0")]
+    if ended.registered is None or ended.registered["approval"] is None:
+        return []
+    version = f"{ended.registered['model_name']} {ended.registered['version']}"
+    lines = [("approval", ended.registered["approval"])]
+    if ended.registered["approval"].startswith("waiting"):
+        for answer in ("promote", "reject"):
+            lines.append((answer, f'{_given()}{_programs()}sft models {answer} {version} --reason "..."'))
+        if "PREFECT_API_URL" in os.environ:
+            lines.append(
+                ("or in", f"{os.environ['PREFECT_API_URL'].removesuffix('/api')}: the run promote-NAME-VERSION")
+            )
+    return lines
+
+
+def _programs() -> str:
+    return "" if shutil.which("sft") else f"{os.path.relpath(Path(sys.executable).parent)}/"
+
+
+def _given() -> str:
+    tracking = os.environ.get("MLFLOW_TRACKING_URI")
+    return f"MLFLOW_TRACKING_URI={tracking} " if tracking else ""
+
+
 def _commands(recipe: Recipe) -> list[tuple[str, str]]:
     """What to type to talk to the model and to look at the run; where a server is configured, its address."""
-    programs = "" if shutil.which("sft") else f"{os.path.relpath(Path(sys.executable).parent)}/"
+    programs = _programs()
     tracking = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{Path('mlflow.db').resolve()}")
-    given = f"MLFLOW_TRACKING_URI={tracking} " if "MLFLOW_TRACKING_URI" in os.environ else ""
     home = f"PREFECT_HOME={os.environ['PREFECT_HOME']} " if "PREFECT_HOME" in os.environ else ""
     mlflow_ui = f"{programs}mlflow ui --backend-store-uri {tracking}   (then http://127.0.0.1:5000)"
     prefect_ui = f"{home}{programs}prefect server start   (then http://127.0.0.1:4200)"
     if "PREFECT_API_URL" in os.environ:
         prefect_ui = os.environ["PREFECT_API_URL"].removesuffix("/api")
     return [
-        ("chat", f"{given}{programs}sft chat models:/{recipe.model_name}@champion"),
+        ("chat", f"{_given()}{programs}sft chat models:/{recipe.model_name}@champion"),
         ("MLflow", tracking if tracking.startswith("http") else mlflow_ui),
         ("Prefect", prefect_ui),
     ]

@@ -1,21 +1,14 @@
-"""A merged model into MLflow: logged once as a model, registered as a version with tags, inputs and a card.
+"""A merged model as a version of a registered model: tags, inputs and a card.
 
-In: a job whose steps are done. Out: the id of the logged model; the number of the version. Weights are uploaded file
-by file, never loaded, and copied once; the description of the model comes last, so one without weights is never READY.
+In: a job whose steps are done, the source of its merged model. Out: the number of the version.
 """
 
 import json
-import shutil
-import tempfile
-from dataclasses import dataclass
-from importlib.metadata import version as installed
-from pathlib import Path
-from typing import Any
+from contextlib import suppress
 
 import mlflow
-from huggingface_hub import ModelCard
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput
-from mlflow.models import Model
+from mlflow.entities import Dataset, DatasetInput, InputTag
+from mlflow.exceptions import MlflowException
 from prefect.context import FlowRunContext
 
 from sft_core.artifacts import Manifest
@@ -23,73 +16,47 @@ from sft_core.lineage.card import model_card
 from sft_core.register import Verdict
 from sft_core.register.stored import stored_manifest
 from sft_core.steps import Retraining
+from tasks.model_files import COPY, ModelFolder, log_folder, refer_to
 from tasks.registry import JUDGED_AGAINST, MERGED, PROMOTE, RUN, VERDICT
 from tasks.run_step import Job
 from tasks.tracking import client
 
-SERVING_REQUIREMENTS = ("torch", "transformers", "accelerate")
-WEIGHTS = (".safetensors", ".bin")
-MODEL, ADAPTER = "model", "adapter"
-"""Folders: of the model's files in the logged model; of the adapter in the run's artifacts."""
-INPUT_EXAMPLE = {"messages": [{"role": "user", "content": "Hello."}], "max_tokens": 32}
+ADAPTER = "adapter"
+"""Folder of the adapter in the run's artifacts."""
 DIGEST_CHARACTERS = 32
 """MLflow keeps 36 of a data set's digest."""
 
 
-@dataclass(frozen=True, slots=True)
-class ModelFolder:
-    """A merged model to log: its files, what identifies it, the registered model's name, its tokens an answer."""
-
-    path: Path
-    fingerprint: str
-    name: str
-    max_new_tokens: int
-
-
-def log_merged(job: Job, run: Retraining) -> str:
-    """Id of the logged model that holds this job's merged model."""
+def merged_source(job: Job, run: Retraining) -> str:
+    """Where the registry finds this job's merged model: a copy of it, or where `register.by_reference` says, the
+    artifact in the store."""
     recipe = job.recipe
     folder = ModelFolder(
         run.folder("merge"), job.plan["merge"].fingerprint, recipe.model_name, recipe.evaluate.max_new_tokens
     )
+    if recipe.register_.by_reference:
+        return refer_to(folder, run.store, run.store.artifact("merge", folder.fingerprint))
     return log_folder(folder, job.part.run_id)
 
 
-def log_folder(folder: ModelFolder, run_id: str) -> str:
-    """Id of the logged model that holds these files: found again in the run's experiment, else uploaded."""
-    experiment_id = client().get_run(run_id).info.experiment_id
-    query = f"tags.`{MERGED}` = '{folder.fingerprint}' AND status = 'READY'"
-    found = client().search_logged_models([experiment_id], filter_string=query)
-    if found:
-        return str(found[0].model_id)
-    tags = {MERGED: folder.fingerprint}
-    created = client().create_logged_model(experiment_id, name=MODEL, source_run_id=run_id, tags=tags)
-    for path in sorted(folder.path.rglob("*")):
-        if path.suffix in WEIGHTS:
-            below = path.parent.relative_to(folder.path).as_posix()
-            client().log_model_artifact(created.model_id, str(path), f"{MODEL}/{below}".removesuffix("/."))
-    with tempfile.TemporaryDirectory(prefix="sft-register-") as scratch:
-        described = Model(
-            artifact_path=created.artifact_location,
-            model_uuid=created.model_id,
-            run_id=run_id,
-            model_id=created.model_id,
-        )
-        client().log_model_artifacts(created.model_id, str(_describe(folder, described, Path(scratch))))
-    client().finalize_logged_model(created.model_id, "READY")
-    client().log_outputs(run_id, [LoggedModelOutput(created.model_id, step=0)])
-    return str(created.model_id)
-
-
-def create_version(job: Job, run: Retraining, model_id: str, verdict: Verdict, against: str) -> str:
-    """Register the logged model; the number. To be called under the registry's lock."""
+def create_version(job: Job, run: Retraining, source: str, verdict: Verdict, against: str) -> str:
+    """Register what `merged_source` gave; the number. To be called under the registry's lock."""
     _log_inputs(job, run)
     if "convert" in job.plan.steps:
         client().log_artifacts(job.part.run_id, str(run.folder("convert")), ADAPTER)
     tags = _tags(job, run) | verdict_tags(verdict, against)
-    version = mlflow.register_model(f"models:/{model_id}", job.recipe.model_name, tags=tags)
-    write_card(job, run, str(version.version), verdict)
-    return str(version.version)
+    number = create(job.recipe.model_name, source, job.part.run_id, tags)
+    write_card(job, run, number, verdict)
+    return number
+
+
+def create(model_name: str, source: str, run_id: str, tags: dict[str, str]) -> str:
+    """A version of the model at `source`, which `log_folder` or `refer_to` gave; its number."""
+    if source.startswith(COPY):
+        return str(mlflow.register_model(source, model_name, tags=tags).version)
+    with suppress(MlflowException):  # it is there already: else the next call says what is wrong
+        client().create_registered_model(model_name)
+    return str(client().create_model_version(model_name, source, run_id, tags).version)
 
 
 def discard_copy(model_name: str, number: str, model_id: str) -> None:
@@ -107,29 +74,6 @@ def write_card(job: Job, run: Retraining, number: str, verdict: Verdict) -> None
 def verdict_tags(verdict: Verdict, against: str) -> dict[str, str]:
     """What a judgement says of a version; a retry may be judged anew."""
     return {VERDICT: verdict.words, PROMOTE: str(verdict.promote).lower(), JUDGED_AGAINST: against}
-
-
-def _describe(folder: ModelFolder, described: Any, scratch: Path) -> Path:
-    """Write everything but the weights, as MLflow lays a model out."""
-    light, out = scratch / folder.name, scratch / "out"
-    shutil.copytree(folder.path, light, ignore=shutil.ignore_patterns(*(f"*{suffix}" for suffix in WEIGHTS)))
-    readme = light / "README.md"
-    mlflow.transformers.save_model(
-        str(light),
-        str(out),
-        mlflow_model=described,
-        task="llm/v1/chat",
-        model_card=ModelCard(readme.read_text("utf-8") if readme.is_file() else folder.name),  # else asked of the hub
-        input_example=INPUT_EXAMPLE,
-        # The template writes every special token: the pipeline's tokenizer must not add a second BOS to its text.
-        model_config={"add_special_tokens": False, "max_new_tokens": folder.max_new_tokens},
-        pip_requirements=[f"{package}=={installed(package).partition('+')[0]}" for package in SERVING_REQUIREMENTS],
-    )
-    (out / "LICENSE.txt").unlink(missing_ok=True)  # says only that none was found at the scratch folder's path
-    described.flavors["transformers"]["source_model_name"] = folder.name  # not a path of this machine
-    described.model_size_bytes = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
-    described.save(str(out / "MLmodel"))
-    return out
 
 
 def _log_inputs(job: Job, run: Retraining) -> None:

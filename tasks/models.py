@@ -1,7 +1,7 @@
-"""Change by hand which version consumers load: promote, roll back. Each is serialised, checked and kept in the history.
+"""Change by hand which version consumers load: promote, reject, roll back. Serialised, checked, kept in the history.
 
 In: a model's name, a version, a reason. Out: `Moved`. The target is loaded before any alias moves; a version that was
-rolled back is barred, and its merged model never becomes champion again.
+rolled back or rejected is barred, and its merged model never becomes champion again.
 """
 
 import getpass
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from sft_core.errors import RegistryError
 from sft_core.load_check import check_loads
+from tasks.approval import read_approval, record_answer
 from tasks.lineage import read_recorded
 from tasks.registry import (
     JUDGED_AGAINST,
@@ -37,21 +38,47 @@ class Moved:
     after: str
 
 
-def promote(model_name: str, wanted: str, reason: str, *, override_gate: bool = False) -> Moved:
-    """Make a version the champion. RegistryError unless the gate decided so against the present champion, or it is
-    overridden; a barred one is refused in any case."""
+class NotPromotable(RegistryError):
+    """What the registry holds stands against it: a bar, another verdict, another champion, a request that ended."""
+
+
+def promote(model_name: str, wanted: str, reason: str, *, override_gate: bool = False, by: str | None = None) -> Moved:
+    """Make a version the champion. NotPromotable unless the gate decided so against the present champion, or it is
+    overridden; a barred one is refused in any case. `by`: who answers a request for approval, which must still wait.
+    """
     version, champion = read_version(model_name, wanted), find_champion(model_name)
+    words = f"{by or getpass.getuser()}: {reason}"
     if champion is not None and champion.number == version.number:
-        raise RegistryError(f"{model_name} version {version.number} is the champion already")
+        return _promoted_already(model_name, version, words)
     _refuse_barred(model_name, version)
     if not override_gate:
         _require_verdict(model_name, version, champion)
     _check(model_name, version)
     with registry_lock(model_name):
+        if by is not None:
+            _require_waiting(model_name, version.number)
         _require_unmoved(model_name, champion)
         _refuse_barred(model_name, version)
-        move_champion(model_name, version.number, champion, f"promoted by {getpass.getuser()}: {reason}")
+        move_champion(model_name, version.number, champion, f"{'approved' if by else 'promoted'} by {words}")
+        record_answer(model_name, version.number, "approved", f"by {words}")
     return Moved(model_name, champion.number if champion else None, version.number)
+
+
+def reject(model_name: str, wanted: str, reason: str, *, by: str | None = None) -> str:
+    """Bar a version that is not the champion; its number. `by` as of `promote`."""
+    with registry_lock(model_name):
+        version, champion = read_version(model_name, wanted), find_champion(model_name)
+        if champion is not None and champion.number == version.number:
+            raise NotPromotable(f"{model_name} version {version.number} is the champion: roll it back instead")
+        _refuse_barred(model_name, version)
+        if by is not None:
+            _require_waiting(model_name, version.number)
+        words = f"{by or getpass.getuser()}: {reason}"
+        bar(model_name, version, f"rejected by {words}")
+        record_answer(model_name, version.number, "rejected", f"by {words}")
+        stays = champion.number if champion is not None else NO_CHAMPION
+        write_history(model_name, f"{stays} stays: version {version.number} was rejected by {words}")
+    return version.number
 
 
 def rollback(model_name: str, reason: str, to: str | None = None) -> Moved:
@@ -78,6 +105,16 @@ def rollback(model_name: str, reason: str, to: str | None = None) -> Moved:
     return Moved(model_name, champion.number, version.number)
 
 
+def _promoted_already(model_name: str, version: RegisteredVersion, words: str) -> Moved:
+    """A promotion that was interrupted before it noted the answer is finished; any other is refused."""
+    with registry_lock(model_name):
+        approval = read_approval(read_version(model_name, version.number))
+        if approval is None or not approval.waiting:
+            raise NotPromotable(f"{model_name} version {version.number} is the champion already")
+        record_answer(model_name, version.number, "approved", f"by {words}")
+    return Moved(model_name, version.tags.get(REPLACED), version.number)
+
+
 def move_champion(model_name: str, number: str, champion: RegisteredVersion | None, why: str) -> None:
     """`champion` to `number`, `previous` to the one before. To be called under the registry's lock."""
     if champion is not None and champion.number != number:
@@ -99,18 +136,25 @@ def _set_previous(model_name: str, version: RegisteredVersion) -> None:
 def _refuse_barred(model_name: str, version: RegisteredVersion) -> None:
     reason = barred_because(model_name, version.merged_fingerprint)
     if reason is not None:
-        raise RegistryError(f"{model_name} version {version.number} was rolled back and stays barred: {reason}")
+        raise NotPromotable(f"{model_name} version {version.number} stays barred: {reason}")
+
+
+def _require_waiting(model_name: str, number: str) -> None:
+    approval = read_approval(read_version(model_name, number))
+    if approval is None or approval.overdue or not approval.waiting:
+        ended = "its time is up" if approval is None or approval.overdue else approval.outcome
+        raise NotPromotable(f"{model_name} version {number} does not wait for approval any more: {ended}")
 
 
 def _require_verdict(model_name: str, version: RegisteredVersion, champion: RegisteredVersion | None) -> None:
     against = champion.number if champion is not None else NO_CHAMPION
     judged = version.tags.get(JUDGED_AGAINST)
     if version.tags.get(PROMOTE) != "true":
-        raise RegistryError(
+        raise NotPromotable(
             f"{model_name} version {version.number}: the gate said {version.verdict!r}; --override-gate promotes it"
         )
     if judged != against:
-        raise RegistryError(
+        raise NotPromotable(
             f"{model_name} version {version.number} was judged against {judged}, the champion is {against}: retrain to "
             "judge anew, or --override-gate"
         )
@@ -119,7 +163,7 @@ def _require_verdict(model_name: str, version: RegisteredVersion, champion: Regi
 def _require_unmoved(model_name: str, champion: RegisteredVersion | None) -> None:
     now = find_champion(model_name)
     if (now and now.number) != (champion and champion.number):
-        raise RegistryError(
+        raise NotPromotable(
             f"{model_name}: the champion moved from {champion and champion.number} to {now and now.number} meanwhile; "
             "nothing was changed. Look at `sft models list` and decide again"
         )

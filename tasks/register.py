@@ -9,18 +9,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from prefect import get_run_logger, task
-from prefect.artifacts import create_markdown_artifact
 
 from sft_core.errors import RegistryError
 from sft_core.plan import plan_champion
-from sft_core.register import Verdict
+from sft_core.register import Verdict, verdict_table
 from sft_core.register.stored import Judged, judge_stored
 from sft_core.steps import Retraining
-from tasks.model_version import create_version, discard_copy, log_merged, verdict_tags, write_card
+from tasks.approval import read_approval, request_approval
+from tasks.approval_runs import announce, end_run
+from tasks.model_files import discard_copy
+from tasks.model_version import create_version, merged_source, verdict_tags, write_card
 from tasks.models import move_champion
 from tasks.registry import (
     NO_CHAMPION,
     SETTLED,
+    VERDICT_TABLE,
     RegisteredVersion,
     barred_because,
     count_challenges,
@@ -31,12 +34,11 @@ from tasks.registry import (
 )
 from tasks.registry_lock import registry_lock
 from tasks.run_step import STEP, Job, perform
+from tasks.shown import REPORT_PAGE, show_report
 from tasks.tracking import client
 from tasks.trained_rows import rows_known_to_judged
 
 __all__ = ["find_champion", "model_folder", "register", "registered_summary"]
-PAGE = "register.html"
-"""The report that explains the verdict: an artifact of the run."""
 MAX_JUDGEMENTS = 4
 """Each time the champion moves meanwhile, the model is judged again; so often at most."""
 
@@ -64,7 +66,7 @@ def registered_summary(model_name: str, merged_fingerprint: str) -> dict[str, An
     return _summary(model_name, found, new=False) if found is not None and found.settled else None
 
 
-@task(name="register", task_run_name="register-{job.recipe.model_name}", **STEP)
+@task(name="register", task_run_name="register {job.recipe.model_name}", **STEP)
 def register(job: Job, champion: RegisteredVersion | None) -> dict[str, Any]:
     """Judge, log the merged model, register a version, move the aliases. Returns version, aliases and verdict."""
     name, merged = job.recipe.model_name, job.plan["merge"].fingerprint
@@ -75,20 +77,22 @@ def register(job: Job, champion: RegisteredVersion | None) -> dict[str, Any]:
     standing = Standing(champion, count_challenges(name, champion, merged))
     if champion is not None and "evaluate/champion" not in job.plan.steps:
         job = _evaluate_champion(job, champion)
-    model_id = None
+    source = None
     for _ in range(MAX_JUDGEMENTS):
         run = job.retraining(get_run_logger().info)
         judged = _judge(job, run, standing)
-        model_id = model_id or log_merged(job, run)
+        source = source or merged_source(job, run)
         with registry_lock(name):
             existing = find_version(name, merged)
             if existing is not None and existing.settled:  # a run of the same retraining was faster
-                discard_copy(name, existing.number, model_id)
+                discard_copy(name, existing.number, source)
                 return _summary(name, existing, new=False)
             now = _standing(name, merged)
-            if not standing.moved(now):
-                number = existing.number if existing is not None else None
-                return _settle(job, run, (model_id, judged.verdict), standing, number)
+            number = existing.number if existing is not None else None
+            settled = None if standing.moved(now) else _settle(job, run, (source, judged.verdict), standing, number)
+        if settled is not None:
+            show_report(job, settled)
+            return settled
         get_run_logger().info("register: the champion moved from %s to %s; judging again", standing.number, now.number)
         standing = now
         if now.champion is not None:
@@ -97,7 +101,7 @@ def register(job: Job, champion: RegisteredVersion | None) -> dict[str, Any]:
 
 
 def _judge(job: Job, run: Retraining, standing: Standing) -> Judged:
-    """The verdict, shown; a merged model that was rolled back is never promoted again."""
+    """The verdict, shown; a merged model that was rolled back or rejected is never promoted again."""
     log = get_run_logger().info
     judged = judge_stored(
         run,
@@ -107,21 +111,19 @@ def _judge(job: Job, run: Retraining, standing: Standing) -> Judged:
     )
     reason = barred_because(job.recipe.model_name, job.plan["merge"].fingerprint)
     if reason is not None:
-        notes = (*judged.verdict.notes, f"this model was rolled back: {reason}")
+        notes = (*judged.verdict.notes, f"this model is barred: {reason}")
         judged = Judged(replace(judged.verdict, promote=False, notes=notes), judged.page)
-    client().log_text(job.part.run_id, judged.page, PAGE)
-    place = f"`{PAGE}` in the MLflow run `{job.part.run_id}`"
-    create_markdown_artifact(f"{judged.verdict.words}.\n\nThe whole report: {place}", key="verdict")
+    client().log_text(job.part.run_id, judged.page, REPORT_PAGE)
     return judged
 
 
 def _settle(
     job: Job, run: Retraining, judged: tuple[str, Verdict], standing: Standing, existing: str | None
 ) -> dict[str, Any]:
-    """Version, tags and aliases, under the lock: nobody else changes them meanwhile. `judged`: logged model, verdict;
-    `existing`: the version's number, if an earlier try got so far."""
-    name, (model_id, verdict) = job.recipe.model_name, judged
-    number = existing or create_version(job, run, model_id, verdict, standing.number)
+    """Version, tags and aliases, under the lock: nobody else changes them meanwhile. `judged`: the merged model's
+    source, verdict; `existing`: the version's number, if an earlier try got so far."""
+    name, (source, verdict) = job.recipe.model_name, judged
+    number = existing or create_version(job, run, source, verdict, standing.number)
     if standing.champion is None or standing.champion.number != number:  # else: promoted, and then interrupted
         _move_aliases(job, run, number, verdict, standing)
     client().set_model_version_tag(name, number, SETTLED, "true")
@@ -135,9 +137,22 @@ def _move_aliases(job: Job, run: Retraining, number: str, verdict: Verdict, stan
     for tag, value in verdict_tags(verdict, standing.number).items():
         client().set_model_version_tag(name, number, tag, value)
     write_card(job, run, number, verdict)
+    client().log_text(job.part.parent_run_id, verdict_table(verdict), VERDICT_TABLE)
     client().set_registered_model_alias(name, "candidate", number)
-    if verdict.promote:
+    if verdict.promote and verdict.manual:
+        _ask(name, number, job.recipe.register_.approval_timeout_hours)
+    elif verdict.promote:
         move_champion(name, number, standing.champion, verdict.words)
+
+
+def _ask(name: str, number: str, hours: float) -> None:
+    """Leave the version `candidate` and let a person decide; who was asked of an earlier one is asked no more."""
+    for earlier in request_approval(name, number, hours):
+        end_run(earlier.asked_by, "Superseded", f"version {number} of {name} passed the gate meanwhile")
+    version = read_version(name, number)
+    approval = read_approval(version)
+    if approval is not None and approval.waiting:
+        announce(name, version, approval)
 
 
 def _evaluate_champion(job: Job, champion: RegisteredVersion) -> Job:
@@ -153,10 +168,12 @@ def _standing(model_name: str, merged_fingerprint: str) -> Standing:
 
 
 def _summary(name: str, registered: RegisteredVersion, *, new: bool) -> dict[str, Any]:
+    approval = read_approval(registered)
     return {
         "model_name": name,
         "version": registered.number,
         "aliases": list(registered.aliases),
         "verdict": registered.verdict,
+        "approval": approval.outcome if approval is not None else None,
         "new": new,
     }

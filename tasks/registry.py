@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import mlflow
 from mlflow.exceptions import MlflowException
 
 from sft_core.errors import RegistryError
@@ -27,10 +28,12 @@ SETTLED = "sft.settled"
 REPLACED = "sft.replaced"
 """Number of the champion that this version took over from."""
 BARRED = "sft.barred"
-"""Why a version was rolled back. It, and any later version of the same merged model, never becomes champion again."""
+"""Why a version was rolled back or rejected. It, and any later version of its merged model, never becomes champion."""
 HISTORY = "sft.history."
 """Tags of the registered model, one a change of `champion`: the time, then what was done and why."""
 RUN = "sft.mlflow_run_id"
+VERDICT_TABLE = "verdict.md"
+"""Artifact of that run: the gate's figures, for people."""
 MAX_TAG_LENGTH = 4000
 
 
@@ -133,7 +136,7 @@ def bar(model_name: str, version: RegisteredVersion, reason: str) -> None:
 
 
 def barred_because(model_name: str, merged_fingerprint: str) -> str | None:
-    """Why this merged model was rolled back, if it was."""
+    """Why this merged model was rolled back or rejected, if it was."""
     try:
         tags: dict[str, str] = client().get_registered_model(model_name).tags
     except MlflowException as error:
@@ -153,6 +156,14 @@ def read_history(model_name: str) -> list[tuple[str, str]]:
     """(time, what was done and why), oldest first."""
     tags = client().get_registered_model(model_name).tags
     return sorted((key.removeprefix(HISTORY), words) for key, words in tags.items() if key.startswith(HISTORY))
+
+
+def read_verdict_table(version: RegisteredVersion) -> str:
+    """The gate's figures as Markdown, as its retraining logged them; the gate's words where they are gone."""
+    try:
+        return str(mlflow.artifacts.load_text(f"runs:/{version.tags.get(RUN)}/{VERDICT_TABLE}"))
+    except MlflowException:
+        return version.verdict
 
 
 def _bar_key(merged_fingerprint: str) -> str:

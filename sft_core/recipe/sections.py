@@ -115,8 +115,14 @@ class RegisterConfig(Section):
 
     model_name: Name | None = None
     """Name in the MLflow registry; null for the recipe's name."""
-    approval: Literal["auto"] = "auto"
-    """`auto`: the gate decides."""
+    approval: Literal["auto", "manual"] = "auto"
+    """`auto`: the gate decides. `manual`: what passes the gate stays `candidate` until a person answers, in the Prefect
+    UI or by `sft models promote` or `reject`."""
+    approval_timeout_hours: Annotated[float, Field(gt=0, le=8760)] = 72.0
+    """Hours that a version which passed the gate waits for that answer; after them the champion stays."""
+    by_reference: bool = False
+    """Register the merged model where it lies in the store, which must be a bucket, instead of a copy in MLflow.
+    Consumers then read the bucket themselves."""
     alpha: Annotated[float, Field(gt=0, le=0.5)] = 0.05
     """Chance that 365 challenges of one champion promote a model that is no better than it."""
     margin: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -177,6 +183,25 @@ class Recipe(Section):
     def _something_is_held_out(self) -> "Recipe":
         if self.eval_fraction == 0 and not self.eval_datasets:
             raise ValueError("eval_fraction is 0 and eval_datasets is empty: nothing would be held out to judge by")
+        return self
+
+    @model_validator(mode="after")
+    def _loftq_is_counted_once(self) -> "Recipe":
+        lora = self.train.lora
+        if lora is not None and lora.init_lora_weights == "loftq" and self.merge.base == "full":
+            raise ValueError(
+                "merge.base: full with train.lora.init_lora_weights: loftq would add the correction of the 4-bit "
+                "rounding to weights that were not rounded; take merge.base: dequantized or auto"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _references_reach_a_bucket(self) -> "Recipe":
+        if self.register_.by_reference and ("://" not in self.store or self.store.startswith(("file://", "local://"))):
+            raise ValueError(
+                f"register.by_reference is true and the store {self.store} is a folder: MLflow takes no path of this "
+                "machine; keep the store in a bucket (s3://...), or set register.by_reference to false"
+            )
         return self
 
     @property

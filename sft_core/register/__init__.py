@@ -18,6 +18,7 @@ from sft_core.register.sentinels import (
     strange_scores,
 )
 from sft_core.register.slices import SliceResult
+from sft_core.register.table import verdict_table
 
 __all__ = [
     "Comparison",
@@ -35,4 +36,5 @@ __all__ = [
     "refuse",
     "render_page",
     "strange_scores",
+    "verdict_table",
 ]

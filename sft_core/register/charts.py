@@ -12,8 +12,10 @@ from markupsafe import Markup, escape
 WIDTH, HEIGHT = 680, 220
 LEFT, BOTTOM, TOP, RIGHT = 64, 30, 10, 10
 MAX_POINTS = 600
-ROW = 26
+ROW, LINE = 26, 18
 LABELS = 300
+LOG_FROM = 50
+"""Where the largest of positive values is so many times the smallest, the axis is logarithmic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,25 +30,30 @@ class Interval:
 
 
 def line_chart(points: Sequence[tuple[float, float]], x_label: str, y_label: str) -> Markup:
-    """A curve through (x, y). Points that are not finite are left out; of very many, every n-th is drawn."""
+    """A curve through (x, y). Points that are not finite are left out; of very many, every n-th is drawn. Where y falls
+    (or rises) far, its axis is logarithmic and says so."""
     finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
     if len(finite) < 2:
         return Markup("<p>fewer than two points: no curve</p>")
     thinned = finite[:: math.ceil(len(finite) / MAX_POINTS)]
     drawn = thinned if thinned[-1] == finite[-1] else [*thinned, finite[-1]]
     xs, ys = [x for x, _ in drawn], [y for _, y in drawn]
-    (x0, x1), (y0, y1) = _span(xs), _span(ys)
+    logarithmic = min(ys) > 0 and max(ys) > LOG_FROM * min(ys)
+    heights = [math.log10(y) for y in ys] if logarithmic else ys
+    y_label += " (log scale)" if logarithmic else ""
+    (x0, x1), (y0, y1) = _span(xs), _span(heights)
     path = " ".join(
         f"{LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT):.1f},"
         f"{HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - BOTTOM - TOP):.1f}"
-        for x, y in drawn
+        for x, y in zip(xs, heights, strict=True)
     )
+    low, high = _span(ys)
     texts = [
         _text(LEFT, HEIGHT - 10, f"{x0:g}"),
         _text(WIDTH - RIGHT, HEIGHT - 10, f"{x1:g}", "end"),
         _text((LEFT + WIDTH) / 2, HEIGHT - 10, x_label, "middle"),
-        _text(LEFT - 6, HEIGHT - BOTTOM, f"{y0:.4g}", "end"),
-        _text(LEFT - 6, TOP + 10, f"{y1:.4g}", "end"),
+        _text(LEFT - 6, HEIGHT - BOTTOM, f"{low:.3g}", "end"),
+        _text(LEFT - 6, TOP + 10, f"{high:.3g}", "end"),
         _text(WIDTH - RIGHT, TOP + 10, y_label, "end"),
     ]
     axes = f'<path class="axis" d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>'
@@ -59,13 +66,13 @@ def interval_chart(intervals: Sequence[Interval], x_label: str) -> Markup:
     if not ends:
         return Markup("<p>nothing to compare</p>")
     low, high = _span([0.0, *ends])
-    height = ROW * len(intervals) + 40
+    bottom = ROW * len(intervals) + 8
+    height = bottom + 2 * LINE + 4
 
     def across(value: float) -> float:
         inside = min(max(value, low), high)
         return LABELS + (inside - low) / (high - low) * (WIDTH - LABELS - RIGHT)
 
-    bottom = ROW * len(intervals) + 8
     parts = [Markup(f'<path class="zero" d="M{across(0):.1f} 4V{bottom}"/>')]
     for number, entry in enumerate(intervals):
         y = ROW * number + 20
@@ -74,9 +81,9 @@ def interval_chart(intervals: Sequence[Interval], x_label: str) -> Markup:
         parts.append(Markup(f'<path class="{kind}" d="M{across(entry.low):.1f} {y}H{across(entry.high):.1f}"/>'))
         parts.append(Markup(f'<circle class="{kind}" cx="{across(entry.middle):.1f}" cy="{y}" r="4"/>'))
     parts += [
-        _text(LABELS, height - 12, f"{low:.3g}"),
-        _text(WIDTH - RIGHT, height - 12, f"{high:.3g}", "end"),
-        _text((LABELS + WIDTH) / 2, height - 12, x_label, "middle"),
+        *(_text(across(value), bottom + LINE, f"{value:+.3g}", anchor) for value, anchor in _ends(low, high)),
+        _text(across(0), bottom + LINE, "0", "middle"),
+        _text((LABELS + WIDTH) / 2, bottom + 2 * LINE, x_label, "middle"),
     ]
     return _svg(height, x_label, _join(parts))
 
@@ -84,6 +91,12 @@ def interval_chart(intervals: Sequence[Interval], x_label: str) -> Markup:
 def _span(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _ends(low: float, high: float) -> list[tuple[float, str]]:
+    """Ends of an axis that are far enough from zero for a label beside zero's, and where their labels go."""
+    near = (high - low) / 8
+    return [(value, anchor) for value, anchor in ((low, "start"), (high, "end")) if abs(value) > near]
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start") -> Markup:

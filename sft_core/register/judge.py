@@ -21,13 +21,16 @@ class Verdict:
     comparisons: tuple[Comparison, ...]
     slices: tuple[SliceResult, ...] = ()
     notes: tuple[str, ...] = ()
+    manual: bool = False
+    """`register.approval`: a person decides on what passes."""
 
     @property
     def words(self) -> str:
         """One sentence for the registry."""
         blocking = [result.words for result in self.slices if result.blocks]
         reasons = [comparison.words for comparison in self.comparisons] + blocking + list(self.notes)
-        return ("promoted: " if self.promote else "not promoted: ") + "; ".join(reasons)
+        passed = "passed the gate" if self.manual else "promoted"
+        return f"{passed if self.promote else 'not promoted'}: {'; '.join(reasons)}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dict with the words."""

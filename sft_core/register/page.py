@@ -52,6 +52,7 @@ def render_page(material: Material) -> str:
         .render(
             title=material.title,
             verdict=verdict,
+            passed="Passed the gate: a person decides." if verdict.manual else "Promoted.",
             metrics=_metrics(material.reports),
             models=list(material.reports),
             curve=line_chart(losses, "optimizer step", "training loss, nats a supervised token"),

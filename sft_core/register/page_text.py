@@ -13,7 +13,7 @@ h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
 table { border-collapse: collapse; width: 100%; table-layout: auto; }
 th, td { text-align: left; vertical-align: top; padding: .25em .6em; border-bottom: 1px solid #ddd; }
 th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; }
-.sample { margin-bottom: 1.2em; } .sample th { width: 9em; }
+.sample { margin-bottom: 1.2em; } .sample th { width: 10em; white-space: nowrap; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font: 13px/1.4 ui-monospace, monospace; }
 svg { width: 100%; max-width: 760px; font-size: 12px; }
 .axis, .zero { fill: none; stroke: #999; } .zero { stroke-dasharray: 4 3; }
@@ -27,7 +27,7 @@ path.bad { stroke: #b3261e; stroke-width: 3; } circle.bad { fill: #b3261e; }
 <body>
 <h1>{{ title }}</h1>
 <div class="verdict{{ ' promoted' if verdict.promote }}">
-<strong>{{ 'Promoted.' if verdict.promote else 'Not promoted: the champion stays.' }}</strong>
+<strong>{{ passed if verdict.promote else 'Not promoted: the champion stays.' }}</strong>
 <ul>
 {% for comparison in verdict.comparisons %}
 <li>The tuned model {{ comparison.words }}.</li>

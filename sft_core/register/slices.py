@@ -53,7 +53,8 @@ class SliceResult:
     @property
     def words(self) -> str:
         """For people."""
-        figures = f"gain {self.gain:+.4f}, {self.low:+.4f} to {self.high:+.4f}, margin {self.margin:.4f}"
+        gain, low, high = (f"{round(value, 4) + 0.0:+.4f}" for value in (self.gain, self.low, self.high))  # no -0.0
+        figures = f"gain {gain}, {low} to {high}, margin {self.margin:.4f}"
         return f"slice {self.name} ({self.rows} rows): {WORDS[self.outcome]} ({figures})"
 
 

@@ -5,7 +5,7 @@ page. DataError if a sentinel says that this model must not be registered. Knows
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sft_core.artifacts import Manifest
 from sft_core.evaluate import EvaluationReport, read_report
@@ -43,6 +43,7 @@ def judge_stored(run: Retraining, challenge: int, *, against_champion: bool, tra
     verdict = judge(
         reports["tuned"], reports["base"], reports.get("champion"), terms_of(run.recipe, challenge), trained_on
     )
+    verdict = replace(verdict, manual=run.recipe.register_.approval == "manual")
     moving = [key for key in run.plan.steps if key.startswith("fetch/")] + ["normalize", "pack", "evaluate/tuned"]
     material = Material(
         title=f"{run.recipe.model_name} {run.plan['merge'].fingerprint[:12]}",

@@ -76,7 +76,11 @@ def test_the_run_ends_as_skipped_in_prefect_and_in_mlflow(
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     assert "Finished in state Skipped('" in said
-    assert "schedule.min_new_rows is 5" in said
+    told = next(line for line in done.stdout.splitlines() if line.startswith("orders  skipped, nothing trained: "))
+    assert "new rows since version 2 of orders; schedule.min_new_rows is 5" in told
+    assert "rows      67 in = " in done.stdout
+    assert "held out  " not in done.stdout  # no scores: nothing was evaluated
+    assert "anyway    the same command with --set schedule.min_new_rows=0" in done.stdout
     experiment = registry.get_experiment_by_name("orders")
     runs = registry.search_runs([experiment.experiment_id], "tags.`sft.skipped` LIKE '%min_new_rows is 5%'")
     assert [run.data.tags["sft.part"] for run in runs] == ["retraining"]

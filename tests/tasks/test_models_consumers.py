@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_core.chat import load_chat_model
 from sft_core.pack import IGNORE_INDEX, encode_messages, load_chat_template
-from tasks.model_version import ModelFolder, log_folder
+from tasks.model_files import ModelFolder, log_folder
 from tasks.tracking import download_model
 from tests.tasks.models_project import connected
 
@@ -55,8 +55,8 @@ def client(merged: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[M
     for client in connected(folder / "mlflow.db"):
         experiment = client.create_experiment("served", artifact_location=(folder / "artifacts").as_uri())
         run = client.create_run(experiment)
-        model_id = log_folder(ModelFolder(merged, "f" * 64, "served", 5), run.info.run_id)
-        version = mlflow.register_model(f"models:/{model_id}", "served")
+        source = log_folder(ModelFolder(merged, "f" * 64, "served", 5), run.info.run_id)
+        version = mlflow.register_model(source, "served")
         client.set_registered_model_alias("served", "champion", version.version)
         yield client
 

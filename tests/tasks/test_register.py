@@ -70,7 +70,7 @@ def test_the_gate_never_promotes_a_model_that_was_rolled_back(
     race(built_project, tmp_path, ["1"])
     (version,) = read_versions("orders")
     assert version.verdict.startswith("not promoted: beats the base")
-    assert "this model was rolled back: answers in French" in version.verdict
+    assert "this model is barred: answers in French" in version.verdict
     assert aliases(empty_registry) == {"candidate": "1"}
 
 

@@ -1,0 +1,49 @@
+"""The gate's figures as a Markdown table: what a person reads before they approve a version.
+
+In: a verdict. Out: Markdown: the words, a line a comparison, then the slices that got worse and the notes.
+"""
+
+import re
+from collections.abc import Iterator
+
+from sft_core.register.comparison import Comparison
+from sft_core.register.judge import Verdict
+
+HEAD = ("against", "metric", "tuned", "the other", "gain, 95 % interval", "p (needed)", "rows", "left out")
+
+
+def verdict_table(verdict: Verdict) -> str:
+    """Markdown."""
+    return "\n".join(_lines(verdict))
+
+
+def _lines(verdict: Verdict) -> Iterator[str]:
+    passed = "The gate would promote it" if verdict.manual else "The gate promotes it"
+    yield f"**{passed if verdict.promote else 'The gate does not promote it'}.**\n"
+    yield f"| {' | '.join(HEAD)} |"
+    yield "|---" * len(HEAD) + "|"
+    for comparison in verdict.comparisons:
+        yield f"| {' | '.join(_cells(comparison))} |"
+    for result in verdict.slices:
+        if result.blocks:
+            yield f"\n- {_plain(result.words)}"
+    for note in verdict.notes:
+        yield f"\n- {_plain(note)}"
+
+
+def _plain(words: str) -> str:
+    """Names of data sets and tags come from rows: one line, and no markup."""
+    return re.sub(r"([\\`*_\[\]<>&|])", r"\\\1", " ".join(words.split()))
+
+
+def _cells(comparison: Comparison) -> tuple[str, ...]:
+    return (
+        comparison.against,
+        comparison.metric,
+        f"{comparison.tuned:.4f}",
+        f"{comparison.other:.4f}",
+        f"{comparison.gain:+.4f} ({comparison.low:+.4f} to {comparison.high:+.4f})",
+        f"{comparison.p:.2g} ({comparison.level:.2g})",
+        f"{comparison.rows:,}",
+        f"{comparison.excluded:,}",
+    )
