@@ -9,6 +9,7 @@ DEFAULTS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",  # 20 is too short for a cold start on two cores
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # seven processes for what is not used here
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -26,7 +27,7 @@ def debugging() -> bool:
 
 
 def set_defaults() -> None:
-    """Telemetry off, patient start of Prefect's temporary server, no progress bars in logs."""
+    """Telemetry off, servers as this project needs them, no progress bars in logs."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
 

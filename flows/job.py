@@ -4,10 +4,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from sft_core.errors import TrainError
+from prefect import tags
+
+from flows.handover import hand_over
+from flows.unwanted import ends_when_unwanted
 from sft_core.plan import Plan, plan_recipe
 from sft_core.recipe import Recipe, resolve
+from tasks.automations import TAG
 from tasks.run_step import Job
+from tasks.shown import link_runs
 from tasks.tracking import part_run
 
 
@@ -16,20 +21,14 @@ def open_job(part: str, recipe: Mapping[str, Any] | str, plan: Mapping[str, Any]
     """The part's job. Started by hand, a part gets no plan and makes it itself."""
     resolved: Recipe = resolve(recipe)
     planned = Plan.from_dict(plan) if plan is not None else plan_recipe(resolved)
-    with part_run(part, resolved, planned) as run:
+    with ends_when_unwanted(), part_run(part, resolved, planned) as run:
+        link_runs(part, resolved.name, run)
         yield Job(recipe=resolved, plan=planned, part=run)
 
 
 def run_part(flow: Any, deployment: str | None, recipe: Recipe, plan: Plan) -> Any:
-    """Run a part's flow here, or, where the recipe names a deployment, hand it to that one's work pool and wait."""
-    parameters = {"recipe": recipe.as_dict(), "plan": plan.as_dict()}
-    if deployment is None:
-        return flow(**parameters)
-    from prefect.deployments import run_deployment  # needs a server
-
-    finished = run_deployment(deployment, parameters=parameters, as_subflow=True)
-    if not finished.state.is_completed():
-        raise TrainError(
-            f"{deployment}: flow run {finished.name} ended {finished.state.name}: {finished.state.message}"
-        )
-    return None
+    """Run a part's flow here, or, where the recipe names a deployment, hand it over to that one's work pool."""
+    if deployment is not None:
+        return hand_over(flow.name, deployment, recipe, plan)
+    with tags(TAG):
+        return flow(recipe=recipe.as_dict(), plan=plan.as_dict())

@@ -4,6 +4,7 @@ from typing import Any
 
 from prefect import flow
 
+from flows.hooks import end_mlflow_run
 from flows.job import open_job
 from tasks.fetch import fetch
 from tasks.normalize import normalize
@@ -11,7 +12,12 @@ from tasks.pack import pack
 from tasks.run_step import call
 
 
-@flow(name="prepare", flow_run_name="prepare-{recipe[name]}")
+@flow(
+    name="prepare",
+    flow_run_name="prepare {recipe[name]}",
+    on_cancellation=[end_mlflow_run],
+    on_crashed=[end_mlflow_run],
+)
 def prepare(recipe: dict[str, Any], plan: dict[str, Any] | None = None) -> None:
     """Raw rows to a packed data set in the store."""
     with open_job("prepare", recipe, plan) as job:

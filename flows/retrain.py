@@ -9,14 +9,17 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
-from prefect.states import Completed
+from prefect.states import Cancelled, Completed
 
+from flows.handover import PartCancelled
+from flows.hooks import cancel_children
 from flows.job import run_part
 from flows.prepare import prepare
 from flows.publish import publish
 from flows.train import train as train_flow
-from sft_core.plan import plan_recipe
-from sft_core.recipe import resolve
+from flows.unwanted import ends_when_unwanted
+from sft_core.plan import Plan, plan_recipe
+from sft_core.recipe import Recipe, resolve
 from sft_core.recipe.overrides import (
     BaseModelOverrides,
     ComputeOverrides,
@@ -33,13 +36,14 @@ from sft_core.recipe.overrides import (
 from sft_core.recipe.show import as_markdown
 from tasks.run_step import call
 from tasks.schedule import reason_to_skip
+from tasks.shown import artifact_key, show_retraining
 
 
 def _run_name() -> str:
-    return f"retrain-{PurePath(flow_run.parameters['recipe']).stem}"
+    return f"retrain {PurePath(flow_run.parameters['recipe']).stem}"
 
 
-@flow(name="retrain", flow_run_name=_run_name)
+@flow(name="retrain", flow_run_name=_run_name, on_cancellation=[cancel_children], on_crashed=[cancel_children])
 def retrain(  # noqa: PLR0913 - one parameter a section, as the form shows them
     recipe: str,
     general: GeneralOverrides | None = None,
@@ -53,7 +57,8 @@ def retrain(  # noqa: PLR0913 - one parameter a section, as the form shows them
     register: RegisterOverrides | None = None,
     compute: ComputeOverrides | None = None,
 ) -> Any:
-    """Retrain one model. Gives what was registered, None where a deployment did it, or the state `Skipped`.
+    """Retrain one model. Gives what was registered, None where a deployment did it, or a state: `Skipped`,
+    `Cancelled` with its part.
 
     Args:
         recipe: Name of a shipped recipe, a path, or an fsspec URL.
@@ -80,11 +85,22 @@ def retrain(  # noqa: PLR0913 - one parameter a section, as the form shows them
         "compute": compute,
     }
     resolved = resolve(recipe, collect_overrides(general, sections))
-    create_markdown_artifact(as_markdown(resolved), key="recipe", description="The resolved recipe of this run")
-    plan = plan_recipe(resolved)
-    run_part(prepare, resolved.compute.prepare, resolved, plan)
-    skipped = call(reason_to_skip, resolved, plan)
+    create_markdown_artifact(
+        as_markdown(resolved), artifact_key("recipe", resolved.name), "The resolved recipe of this run"
+    )
+    try:
+        with ends_when_unwanted():
+            return _parts(resolved, plan_recipe(resolved))
+    except PartCancelled as cancelled:
+        return Cancelled(message=str(cancelled))
+
+
+def _parts(recipe: Recipe, plan: Plan) -> Any:
+    run_part(prepare, recipe.compute.prepare, recipe, plan)
+    skipped = call(reason_to_skip, recipe, plan)
     if skipped is not None:
         return Completed(name="Skipped", message=skipped)
-    run_part(train_flow, resolved.compute.train, resolved, plan)
-    return run_part(publish, resolved.compute.publish, resolved, plan)
+    run_part(train_flow, recipe.compute.train, recipe, plan)
+    registered = run_part(publish, recipe.compute.publish, recipe, plan)
+    show_retraining(recipe, plan)
+    return registered

@@ -7,7 +7,7 @@ from prefect import task
 from tasks.run_step import STEP, Job, perform
 
 
-@task(name="merge", task_run_name="merge-{job.recipe.name}", **STEP)
+@task(name="merge", task_run_name="merge {job.recipe.name}", **STEP)
 def merge(job: Job) -> Any:
     """Run the step, or reuse what the store has."""
     return perform(job, "merge")

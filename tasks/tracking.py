@@ -1,7 +1,8 @@
 """MLflow runs: one parent a retraining, one child a part, found again by fingerprint (DESIGN 7).
 
 Every step's manifest is recorded here, so that the ancestry of a model can be walked in MLflow alone. Nothing here
-decides anything: if it says nothing new, MLflow holds what it held.
+decides anything: if it says nothing new, MLflow holds what it held. A server that is away is waited for
+(`tasks/patience.py`), but never by training.
 """
 
 import json
@@ -15,17 +16,19 @@ from datetime import datetime
 from functools import cache
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any
+from typing import Any, cast
 
 import mlflow
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.tracking import MlflowClient
 
 from sft_core.plan import Plan
 from sft_core.recipe import Recipe
 from sft_core.steps import Built
 from sft_core.train.metrics import read_metrics
+from tasks.patience import PatientClient, first_line, new_client, patiently
 
 RETRAINING, PART = "sft.retraining", "sft.part"
 MAX_PARAM_LENGTH = 500
@@ -40,8 +43,11 @@ TRAINING_METRICS = (
 
 @cache
 def client() -> MlflowClient:
-    """Of the server or database that `MLFLOW_TRACKING_URI` names; `mlflow.db` in the current directory by default."""
-    return MlflowClient()
+    """Of the server or database that `MLFLOW_TRACKING_URI` names (`mlflow.db` in the current directory by default).
+
+    Waits for a server that is away; TrackingError when it stays away.
+    """
+    return cast(MlflowClient, PatientClient(new_client()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,20 +66,20 @@ class PartRun:
         for unit, entry in manifest.ledger.items():
             figures |= {f"{unit}_in": entry["in"], f"{unit}_out": entry["out"]}
         numbers = {k: float(v) for k, v in figures.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-        stamp = int(manifest.took_seconds)
         stamp = int(datetime.fromisoformat(manifest.started).timestamp() * 1000)  # a second recording adds no point
-        self._log([Metric(f"{key}/{name}", value, stamp, 0) for name, value in numbers.items()])
+        self._log(client(), [Metric(f"{key}/{name}", value, stamp, 0) for name, value in numbers.items()])
 
-    def record_training(self, metrics_file: Path, skip: int = 0) -> int:
+    def record_training(self, metrics_file: Path, skip: int = 0, to: MlflowClient | None = None) -> int:
         """Lines of `metrics.jsonl` after the first `skip`; gives how many there are. A line sent twice adds nothing."""
         entries = read_metrics(metrics_file)
         self._log(
+            to or client(),
             [
                 Metric(f"train/{name}", entry[name], entry["time"], entry["optimizer_step"])
                 for entry in entries[skip:]
                 for name in TRAINING_METRICS
                 if name in entry
-            ]
+            ],
         )
         return len(entries)
 
@@ -86,12 +92,15 @@ class PartRun:
         stop = Event()
 
         def follow() -> None:
-            sent = 0
+            sent, impatient, away = 0, new_client(), False
             while not stop.wait(FOLLOW_SECONDS):
                 try:
-                    sent = self.record_training(metrics_file, sent)
+                    sent = self.record_training(metrics_file, sent, impatient)
+                    away = False
                 except MlflowException as error:
-                    logging.getLogger(__name__).warning("metrics not sent yet: %s", str(error).splitlines()[0])
+                    if not away:  # once an outage
+                        logging.getLogger(__name__).warning("metrics are sent later: %s", first_line(error))
+                    away = True
 
         follower = Thread(target=follow, daemon=True)
         follower.start()
@@ -101,14 +110,17 @@ class PartRun:
             stop.set()
             follower.join(FOLLOW_SECONDS)
 
-    def _log(self, metrics: list[Metric]) -> None:
+    def _log(self, to: MlflowClient, metrics: list[Metric]) -> None:
         for start in range(0, len(metrics), METRICS_A_BATCH):
-            client().log_batch(self.run_id, metrics=metrics[start : start + METRICS_A_BATCH])
+            to.log_batch(self.run_id, metrics=metrics[start : start + METRICS_A_BATCH])
 
 
 @contextmanager
 def part_run(part: str, recipe: Recipe, plan: Plan) -> Iterator[PartRun]:
-    """The part's run, running inside the block; afterwards FINISHED, FAILED or (cancelled, killed) KILLED."""
+    """The part's run, running inside the block; afterwards FINISHED, FAILED or (cancelled, killed) KILLED.
+
+    Where the block failed and MLflow is away, its error goes on and the runs stay RUNNING until the next try ends them.
+    """
     parent_id = _run_id(recipe, plan, None)
     run_id = _run_id(recipe, plan, part)
     client().update_run(parent_id, status="RUNNING")
@@ -121,8 +133,19 @@ def part_run(part: str, recipe: Recipe, plan: Plan) -> Iterator[PartRun]:
         status = "FAILED"
         raise
     finally:
-        client().set_terminated(run_id, status)
-        client().set_terminated(parent_id, status)
+        _end([run_id, parent_id], status)
+
+
+def _end(run_ids: list[str], status: str) -> None:
+    """Waits for MLflow only where the work went well: an error, or a cancellation, must not wait."""
+    to = client() if status == "FINISHED" else new_client()
+    try:
+        for run_id in run_ids:
+            to.set_terminated(run_id, status)
+    except MlflowException as error:
+        if status == "FINISHED":
+            raise
+        logging.getLogger(__name__).warning("left RUNNING in MLflow: %s", first_line(error))
 
 
 def find_run(recipe: Recipe, plan: Plan, part: str | None) -> str | None:
@@ -131,7 +154,8 @@ def find_run(recipe: Recipe, plan: Plan, part: str | None) -> str | None:
     if experiment is None:
         return None
     wanted = f"tags.`{RETRAINING}` = '{plan.fingerprint}' and tags.`{PART}` = '{part or 'retraining'}'"
-    runs = client().search_runs([experiment.experiment_id], wanted, max_results=1)
+    oldest_first = ["attributes.start_time ASC"]
+    runs = client().search_runs([experiment.experiment_id], wanted, max_results=1, order_by=oldest_first)
     return str(runs[0].info.run_id) if runs else None
 
 
@@ -139,19 +163,31 @@ def _run_id(recipe: Recipe, plan: Plan, part: str | None) -> str:
     found = find_run(recipe, plan, part)
     if found is not None:
         return found
-    experiment = client().get_experiment_by_name(recipe.name)
-    if experiment is None:
-        experiment_id = client().create_experiment(recipe.name, artifact_location=_artifact_folder(recipe.name))
-    else:
-        experiment_id = experiment.experiment_id
+    experiment_id = _experiment_id(recipe.name)
     tags = {RETRAINING: plan.fingerprint, PART: part or "retraining"}
     parent_id = find_run(recipe, plan, None)
     if part is not None and parent_id is not None:
         tags["mlflow.parentRunId"] = parent_id
     run = client().create_run(experiment_id, tags=tags, run_name=f"{part or recipe.name}-{plan.fingerprint[:8]}")
+    run_id = str(run.info.run_id)
+    first = find_run(recipe, plan, part) or run_id
+    if first != run_id:  # another process was quicker, or the answer to our first try was lost
+        client().delete_run(run_id)
     if part is None:
-        _record_recipe(run.info.run_id, recipe, plan)
-    return str(run.info.run_id)
+        _record_recipe(first, recipe, plan)
+    return first
+
+
+def _experiment_id(name: str) -> str:
+    experiment = client().get_experiment_by_name(name)
+    if experiment is not None:
+        return str(experiment.experiment_id)
+    try:
+        return str(client().create_experiment(name, artifact_location=_artifact_folder(name)))
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+            raise
+    return str(client().get_experiment_by_name(name).experiment_id)  # another process made it in between
 
 
 def _artifact_folder(name: str) -> str | None:
@@ -203,6 +239,6 @@ def flatten(value: Any, key: str = "") -> dict[str, str]:
 
 def download_model(uri: str) -> Path:
     """Local folder of a registered model's HF files, from `models:/NAME@ALIAS` or `models:/NAME/VERSION`."""
-    folder = Path(mlflow.artifacts.download_artifacts(uri))
+    folder = Path(patiently(mlflow.artifacts.download_artifacts, uri))
     model = folder / "model"
     return model if model.is_dir() else folder

@@ -17,12 +17,13 @@ SHOWN = ("loss", "perplexity", "bits_per_byte", "token_accuracy", "exact_match",
 def model_card(recipe: Recipe, plan: Plan, manifests: Mapping[str, Manifest], verdict: str) -> str:
     """What it is, what it was made of, how it scored, how to use it."""
     base = recipe.base_model.path + (f" at {plan.base_commit}" if plan.base_commit else "")
+    scores = scores_table(manifests)
     sections = [
         f"# {recipe.model_name}\n\n`{base}` tuned by the recipe `{recipe.name}`.\n\n{verdict}.",
         "## Data\n\n" + "\n".join(f"- `{d.path}` ({d.split}), read by `{d.map_fn}`" for d in recipe.datasets),
         _rows(manifests),
         _training(recipe, manifests),
-        _scores(manifests),
+        f"## Scores\n\n{scores}" if scores else "",
         f"## Use\n\nChat messages in, one answer out: `models:/{recipe.model_name}@champion` loads in transformers\n"
         "and pyfunc, and serves with `mlflow models serve`. The chat template is the one of training.",
         "## Ancestry\n\n" + "\n".join(f"- {key}: `{step.fingerprint}`" for key, step in plan.steps.items()),
@@ -51,7 +52,8 @@ def _training(recipe: Recipe, manifests: Mapping[str, Manifest]) -> str:
     return "## Training\n\n" + "\n".join(lines)
 
 
-def _scores(manifests: Mapping[str, Manifest]) -> str:
+def scores_table(manifests: Mapping[str, Manifest]) -> str:
+    """Base, champion and tuned side by side, as a Markdown table; empty where none was scored."""
     names = [name for name in ("base", "champion", "tuned") if f"evaluate/{name}" in manifests]
     metrics = {name: manifests[f"evaluate/{name}"].facts["metrics"] for name in names}
     found = [metric for metric in SHOWN if any(metrics[name].get(metric) is not None for name in names)]
@@ -61,4 +63,4 @@ def _scores(manifests: Mapping[str, Manifest]) -> str:
     for metric in found:
         values = (metrics[name].get(metric) for name in names)
         lines.append(f"| {metric} | " + " | ".join("-" if v is None else f"{v:.4f}" for v in values) + " |")
-    return "## Scores\n\n" + "\n".join(lines)
+    return "\n".join(lines)

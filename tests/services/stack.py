@@ -17,6 +17,7 @@ COMMAND_SECONDS = 300.0
 """Bound on one `prefect` or `sft` command."""
 RUN_SECONDS = 600.0
 """Bound on one flow run; about 60 s on two idle cores."""
+LOCKED_TRIES = 30
 Value = TypeVar("Value")
 
 RECIPE = """
@@ -56,6 +57,7 @@ class Stack:
             "PREFECT_API_URL": f"{self.prefect_url}/api",
             "PREFECT_UI_URL": self.prefect_url,
             "PREFECT_WORKER_QUERY_SECONDS": "2",
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
             "PREFECT_WORKER_PREFETCH_SECONDS": "1",
             "MLFLOW_TRACKING_URI": self.mlflow_url,
             "SFT_PROJECT_DIR": str(folder),
@@ -78,8 +80,9 @@ class Stack:
         return self
 
     def worker(self, pool: str, limit: int | None = None, **settings: str) -> Process:
-        """A worker of `pool`; the pool is made if it is not there."""
-        self.prefect("work-pool", "create", pool, "--type", "process", "--overwrite")
+        """A worker of `pool`; the pool is made if it is not there (`--overwrite` would take its limit away)."""
+        if pool not in {known["name"] for known in self.api("POST", "/work_pools/filter", {})}:
+            self.prefect("work-pool", "create", pool, "--type", "process")
         environment = {**self.environment, **settings}
         process = start_worker(pool, self.folder, environment, limit, f"{pool}-{len(self.processes)}")
         self.processes[process.name] = process
@@ -113,10 +116,17 @@ class Stack:
         return done.stdout
 
     def api(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """Prefect's REST API: `path` below /api. The answer's JSON, None if empty; httpx.HTTPStatusError."""
+        """Prefect's REST API: `path` below /api. The answer's JSON, None if empty; httpx.HTTPStatusError.
+
+        503 is Prefect's word for SQLite's "database is locked": asked again.
+        """
         import httpx
 
-        answer = httpx.request(method, f"{self.prefect_url}/api{path}", json=body, timeout=60)
+        for _ in range(LOCKED_TRIES):
+            answer = httpx.request(method, f"{self.prefect_url}/api{path}", json=body, timeout=60)
+            if answer.status_code != 503:
+                break
+            time.sleep(1)
         answer.raise_for_status()
         return answer.json() if answer.content else None
 

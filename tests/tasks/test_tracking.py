@@ -90,6 +90,32 @@ def test_the_same_retraining_finds_its_runs_again_and_another_does_not(client: M
     assert {other.run_id, other.parent_run_id} & {first.run_id, first.parent_run_id} == set()
 
 
+class AnswerLost:
+    """A client whose server made a run, but died before it answered: the request was sent again."""
+
+    def __init__(self, client: MlflowClient) -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def create_run(self, *arguments: Any, **options: Any) -> Any:
+        self._client.create_run(*arguments, **options)
+        time.sleep(0.01)
+        return self._client.create_run(*arguments, **options)
+
+
+def test_a_run_whose_making_was_not_answered_is_not_doubled(
+    client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "client", lambda: AnswerLost(client))
+    with tracking.part_run("prepare", recipe(), plan()) as run:
+        pass
+    found = client.search_runs([client.get_experiment_by_name("t").experiment_id])
+    assert {entry.info.run_id for entry in found} == {run.run_id, run.parent_run_id}
+    assert len(found) == 2
+
+
 def test_a_step_recorded_twice_adds_nothing(client: MlflowClient) -> None:
     with tracking.part_run("prepare", recipe(), plan()) as run:
         run.record("pack", built())

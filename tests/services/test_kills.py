@@ -1,0 +1,117 @@
+"""`kill -9` of everything in mid-training: one retraining survives it all and gives what an undisturbed one gives."""
+
+import hashlib
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from sft_core.plan import plan_recipe
+from sft_core.recipe import resolve
+from sft_core.steps import Retraining, run_step
+from sft_core.store import Store
+from tasks.automations import MARK, NEVER_STARTED, NO_HEARTBEAT, RESTART, register_automations
+from tests.services.long_training import (
+    SAVE_STEPS,
+    STARTED_SECONDS,
+    TRAINING,
+    attempts,
+    kill_flow,
+    kill_host,
+    mlflow_statuses,
+    store_of,
+    wait_for_part,
+    wait_for_step,
+    wait_gone,
+    write_long_recipe,
+)
+from tests.services.stack import RUN_SECONDS, Stack, wait_until
+
+HEARTBEAT_SECONDS = 30
+"""Prefect's least; a run is given up after three times that."""
+RESTART_SECONDS = 60
+AUTOMATIONS = (NO_HEARTBEAT, NEVER_STARTED, MARK, RESTART)
+ADAPTER = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def hosts(servers: Stack) -> Stack:
+    """Servers, automations, deployments, a worker of `cpu`; each worker stands for a machine of its own."""
+    servers.environment["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] = str(HEARTBEAT_SECONDS)
+    servers.worker("cpu")
+    servers.prefect("work-pool", "create", "gpu", "--type", "process", "--overwrite")
+    servers.deploy()
+    with temporary_settings({PREFECT_API_URL: f"{servers.prefect_url}/api"}):
+        for _ in range(2):  # the second time finds and keeps them
+            register_automations(HEARTBEAT_SECONDS, restart_seconds=RESTART_SECONDS)
+    return servers
+
+
+def test_a_retraining_survives_every_kill(hosts: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = [automation["name"] for automation in hosts.api("POST", "/automations/filter", {})]
+    assert sorted(name for name in known if name.startswith("sft: ")) == sorted(AUTOMATIONS)
+    recipe = write_long_recipe(hosts, "killed")
+    store = store_of(hosts, "killed")
+    parent = hosts.run_deployment("retrain/on-demand", {"recipe": recipe})
+
+    kill_waiting_parent(hosts, parent)
+    host = hosts.worker("gpu", limit=1)
+    first = wait_for_part(hosts, parent, "train")
+    assert len(attempts(hosts, parent, "train")) == 1  # the restarted parent found it
+
+    wait_for_step(store, 2 * SAVE_STEPS)  # the one before it is complete
+    kill_flow(first)
+    second = wait_for_part(hosts, parent, "train", 2)
+    assert hosts.flow_run(first["id"])["state_type"] == "CRASHED"
+
+    reached = wait_for_step(store, 4 * SAVE_STEPS)
+    kill_host(hosts, host.name)
+    wait_gone(hosts, TRAINING)
+    host = hosts.worker("gpu", limit=1)  # another machine
+    third = wait_for_part(hosts, parent, "train", 3)
+    assert "No sign of life" in hosts.flow_run(second["id"])["state"]["message"]
+
+    wait_for_step(store, reached + SAVE_STEPS)
+    kill_flow(hosts.flow_run(parent))
+    os.kill(host.popen.pid, signal.SIGKILL)
+    wait_gone(hosts, TRAINING)
+    hosts.worker("gpu", limit=1)
+
+    assert hosts.wait_final(parent)["state_type"] == "CRASHED"
+    wait_until(lambda: hosts.flow_run(parent)["state_type"] == "COMPLETED", RUN_SECONDS)
+    runs = attempts(hosts, parent, "train")
+    assert [run["state_type"] for run in runs] == ["CRASHED", "CRASHED", "CRASHED", "COMPLETED"]
+    for resumed in (second, third, runs[3]):
+        assert any("resuming from checkpoint-" in line for line in hosts.logs(resumed["id"]))
+    statuses = mlflow_statuses(hosts, "killed")
+    assert statuses == {part: ["FINISHED"] for part in ("retraining", "prepare", "train", "publish")}
+    monkeypatch.chdir(hosts.folder)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert digest(store) == digest(train_undisturbed(hosts.folder))
+
+
+def kill_waiting_parent(stack: Stack, parent: str) -> None:
+    """SIGKILL to the parent once its part waits for a worker; returns when it is at work again."""
+    waits = "no worker of the work pool 'gpu' is online"
+    wait_until(lambda: any(waits in line for line in stack.logs(parent)), STARTED_SECONDS)
+    kill_flow(stack.flow_run(parent))
+    wait_until(lambda: stack.flow_run(parent)["run_count"] == 2, STARTED_SECONDS)
+
+
+def train_undisturbed(folder: Path) -> Path:
+    """The same training in one go, without a server; its store."""
+    text = (folder / "killed.yaml").read_text().replace("./store-killed", "./store-whole")
+    (folder / "whole.yaml").write_text(text)
+    recipe = resolve("whole.yaml")
+    run = Retraining(recipe, plan_recipe(recipe), Store(recipe.store))
+    for step in ("fetch/0", "normalize", "pack", "train", "convert"):
+        run_step(run, step)
+    return folder / "store-whole"
+
+
+def digest(store: Path) -> str:
+    """SHA-256 of the one adapter's weights in a store."""
+    (adapter,) = (store / "convert").rglob(ADAPTER)
+    return hashlib.sha256(adapter.read_bytes()).hexdigest()
