@@ -1,7 +1,8 @@
 """Processes of a stack on this machine: a Prefect server, an MLflow server, Prefect workers.
 
 In: a folder for their data and logs, ports. Out: processes that answer, each in a session of its own, ended by `stop`.
-All listen on 127.0.0.1 only.
+They listen on 127.0.0.1 unless told otherwise. All that they start has their environment: by it `marked` finds every
+process of a stack, those in sessions of their own and orphans included.
 """
 
 import contextlib
@@ -24,6 +25,10 @@ START_SECONDS = 300.0
 """Bound on a server's start; on two idle cores a cold one takes 20 s."""
 STOP_SECONDS = 30.0
 LOOK_SECONDS = 0.2
+MLFLOW_SETTINGS = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+"""Seven background processes that nothing here uses."""
+MARK = "SFT_STACK"
+"""Variable in the environment of every process of a stack that `sft up` started: the stack's folder."""
 
 
 class ServerError(SftError):
@@ -75,20 +80,28 @@ def start(name: str, arguments: list[str], folder: Path, environment: Mapping[st
     return Process(name, popen, log)
 
 
-def start_prefect(folder: Path, port: int, environment: Mapping[str, str]) -> Process:
+def start_prefect(folder: Path, port: int, environment: Mapping[str, str], host: str = HOST) -> Process:
     """A Prefect server; PREFECT_SERVER_DATABASE_CONNECTION_URL says its database, else it is SQLite in PREFECT_HOME."""
-    return start("prefect", ["prefect", "server", "start", "--host", HOST, "--port", str(port)], folder, environment)
+    return start("prefect", ["prefect", "server", "start", "--host", host, "--port", str(port)], folder, environment)
 
 
 def start_mlflow(
-    folder: Path, port: int, environment: Mapping[str, str], backend: str | None = None, artifacts: str | None = None
+    folder: Path,
+    port: int,
+    environment: Mapping[str, str],
+    backend: str | None = None,
+    artifacts: str | None = None,
+    host: str = HOST,
 ) -> Process:
-    """An MLflow server that proxies artifacts. `backend`: a database URL; `artifacts`: a folder or bucket URL."""
+    """An MLflow server that proxies artifacts. `backend`: a database URL; `artifacts`: a folder or bucket URL.
+
+    One process: of several, uvicorn kills each that does not answer in 5 s, so on a busy machine none ever starts.
+    """
     backend = backend or f"sqlite:///{folder / 'mlflow.db'}"
     artifacts = artifacts or str(folder / "mlartifacts")
     places = ["--backend-store-uri", backend, "--artifacts-destination", artifacts]
-    address = ["--host", HOST, "--port", str(port), "--workers", "2"]
-    return start("mlflow", ["mlflow", "server", *places, *address], folder, environment)
+    address = ["--host", host, "--port", str(port), "--workers", "1"]
+    return start("mlflow", ["mlflow", "server", *places, *address], folder, {**MLFLOW_SETTINGS, **environment})
 
 
 def start_worker(
@@ -128,7 +141,42 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def is_free(port: int) -> bool:
+def is_free(port: int, host: str = HOST) -> bool:
     """Whether nothing listens on `port`."""
     with socket.socket() as probe:
-        return probe.connect_ex((HOST, port)) != 0
+        return probe.connect_ex((host, port)) != 0
+
+
+def marked(folder: Path) -> dict[int, int]:
+    """Processes whose environment has MARK with `folder`: id to parent's id. Needs /proc; empty where there is none."""
+    wanted = f"{MARK}={folder}".encode()
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # gone by now, or another user's
+            if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                after_name = (entry / "stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+                if after_name[0] != "Z":
+                    found[int(entry.name)] = int(after_name[1])
+    return found
+
+
+def end_marked(folder: Path, patience: float = 5.0) -> int:
+    """SIGTERM to all of a stack's processes that are left, SIGKILL after `patience` seconds; how many there were."""
+    first = marked(folder)
+    for pid in first:
+        send(pid, signal.SIGTERM)
+    deadline = time.monotonic() + patience
+    while (left := marked(folder)) and time.monotonic() < deadline:
+        time.sleep(LOOK_SECONDS)
+    while left:
+        for pid in left:
+            send(pid, signal.SIGKILL)
+        time.sleep(LOOK_SECONDS)
+        left = marked(folder)
+    return len(first)
+
+
+def send(pid: int, number: signal.Signals) -> None:
+    """A signal to a process that may have ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from sft_core.errors import RecipeError
+from sft_core.recipe.credentials import refuse_credentials
 from sft_core.recipe.sections import Recipe
 
 
@@ -22,6 +23,7 @@ def resolve(recipe: str | os.PathLike[str] | Mapping[str, Any], overrides: Mappi
     else:
         where, values = str(recipe), load_recipe(recipe)
     merged = merge_keys(values, overrides or {})
+    refuse_credentials(merged, where)
     try:
         return Recipe.model_validate(merged)
     except ValidationError as error:
@@ -89,6 +91,7 @@ def _yaml_value(text: str) -> object:
 
 def read_recipe(recipe: str) -> str:
     """Text of a recipe: a shipped name, a file, or any fsspec URL. RecipeError names the nearest if there is none."""
+    refuse_credentials(recipe, "the recipe's own address", "recipe")
     shipped = shipped_recipes()
     if recipe in shipped:
         return shipped[recipe]

@@ -1,14 +1,10 @@
-"""The house: one word a step everywhere, small files, no name that shadows, a prefect.yaml without a silent typo."""
+"""The house: one word a step everywhere, small files, no name that shadows."""
 
 import ast
-import importlib
+import importlib.util
 import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
-from typing import Any
-
-import pytest
-import yaml
 
 from sft_core.artifacts import KIND_OF_STEP
 from sft_core.recipe import Recipe
@@ -58,40 +54,3 @@ def test_constraints_are_plain_pins() -> None:
         assert name, line
         assert version, line
         assert " " not in line, line
-
-
-DEPLOYMENT_KEYS = {
-    "name",
-    "entrypoint",
-    "description",
-    "tags",
-    "parameters",
-    "schedules",
-    "concurrency_limit",
-    "work_pool",
-    "version",
-}
-SCHEDULE_KEYS = {"slug", "cron", "timezone", "active", "parameters"}
-
-
-@pytest.fixture(scope="module")
-def prefect_file() -> dict[str, Any]:
-    return yaml.safe_load((ROOT / "prefect.yaml").read_text())
-
-
-def test_prefect_yaml_has_only_keys_that_prefect_reads(prefect_file: dict[str, Any]) -> None:
-    """Prefect ignores a misspelt key in silence."""
-    assert set(prefect_file) <= {"name", "definitions", "pull", "deployments"}
-    for deployment in prefect_file["deployments"]:
-        assert set(deployment) <= DEPLOYMENT_KEYS
-        assert set(deployment["work_pool"]) <= {"name", "work_queue_name", "job_variables"}
-        for schedule in deployment.get("schedules", []):
-            assert set(schedule) <= SCHEDULE_KEYS
-            assert schedule["active"] is False
-
-
-def test_every_entrypoint_is_a_flow_and_every_parameter_one_of_its_own(prefect_file: dict[str, Any]) -> None:
-    for deployment in prefect_file["deployments"]:
-        path, _, name = deployment["entrypoint"].partition(":")
-        flow = getattr(importlib.import_module(path.removesuffix(".py").replace("/", ".")), name)
-        assert set(deployment.get("parameters", {})) <= set(flow.parameters.properties)

@@ -91,9 +91,14 @@ def test_float16_needs_a_gpu() -> None:
     [
         ({"quantization": "nf4", "lora": None}, "a 4-bit base cannot do"),
         ({"lora": {"init_lora_weights": "loftq"}}, "loftq corrects 4-bit rounding"),
-        ({"lora": {"init_lora_weights": "pissa"}}, "fits a base that is kept nowhere"),
-        ({"lora": {"init_lora_weights": "pissa_niter_16"}}, "fits a base that is kept nowhere"),
-        ({"lora": {"init_lora_weights": "kaiming"}}, "one of true, gaussian, loftq"),
+        (
+            {"quantization": "nf4", "lora": {"init_lora_weights": "loftq", "use_dora": True}},
+            "use_dora's lengths no longer fit",
+        ),
+        ({"quantization": "nf4", "lora": {"init_lora_weights": "pissa"}}, "a base that is kept nowhere"),
+        ({"lora": {"init_lora_weights": "pissa_niter_0"}}, "one of true, gaussian, pissa, pissa_niter_16"),
+        ({"lora": {"init_lora_weights": "olora"}}, "no converter here was tried with it"),
+        ({"lora": {"init_lora_weights": "kaiming"}}, "one of true, gaussian, pissa"),
         ({"lora": {"init_lora_weights": False}}, "false starts from random A and B"),
     ],
 )
@@ -114,8 +119,8 @@ def write(folder: Path, file: dict[str, Any]) -> str:
 def test_what_fails_under_zero3_is_refused_and_what_costs_is_said() -> None:
     with pytest.raises(RecipeError, match="use_dora with deepspeed zero3: under ZeRO-3"):
         check_training(config(deepspeed="deepspeed_zero3", lora={"use_dora": True}))
-    with pytest.raises(RecipeError, match="loftq: PEFT computes it on a GPU only"):
-        check_training(config(quantization="nf4", lora={"init_lora_weights": "loftq"}), 1, cuda=False)
+    with pytest.raises(RecipeError, match="init_lora_weights pissa with deepspeed zero3: it takes whole weights"):
+        check_training(config(deepspeed="zero3", lora={"init_lora_weights": "pissa"}))
     assert check_training(config(deepspeed="zero3"), 2, cuda=False) == []
     assert check_training(config(quantization="nf4", deepspeed="zero3"), 2, cuda=False) == [
         "note: deepspeed zero3 with quantization nf4: each of the 2 ranks first loads the whole 4-bit base, then it is "

@@ -1,0 +1,210 @@
+"""`sft up`: a Prefect server, an MLflow server and a worker of each pool, for one folder, until Ctrl-C.
+
+In: the current folder, with recipes and rows. Out: servers whose data is in `.sft/` of it, kept for the next `sft up`.
+"""
+
+import contextlib
+import fcntl
+import ipaddress
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.local_stack import (
+    FORM,
+    POOLS,
+    Stack,
+    finish_deploy,
+    form_id,
+    make_automations,
+    make_pools,
+    pause_pools,
+    resume_pools,
+    start_deploy,
+)
+from cli.servers import (
+    HOST,
+    LOOK_SECONDS,
+    ServerError,
+    end_marked,
+    is_free,
+    last_lines,
+    marked,
+    send,
+    start_mlflow,
+    start_prefect,
+    start_worker,
+    wait_for,
+)
+
+SAVE_SECONDS = 40.0
+"""How long a run that was told to end may save; Prefect's own grace is 30 s."""
+
+
+def up(
+    prefect_port: Annotated[int, typer.Option(metavar="PORT", help="Where the Prefect server listens.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(metavar="PORT", help="Where the MLflow server listens.")] = 5000,
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Address to listen on. The servers ask for no password.")
+    ] = HOST,
+    drain: Annotated[
+        float, typer.Option(metavar="SECONDS", help="How long runs may go on after Ctrl-C before they are told to end.")
+    ] = 30,
+    print_env: Annotated[
+        bool, typer.Option("--print-env", help='Print the lines for other terminals: eval "$(sft up --print-env)".')
+    ] = False,
+) -> None:
+    """Start a local stack in this folder: Prefect server, MLflow server, workers; Ctrl-C stops all of it.
+
+    Data and logs are kept in ./.sft, so the next sft up goes on where this one ended. The deployments come from
+    ./prefect.yaml, else from the one that ships. Exit status: 0 stopped by Ctrl-C or SIGTERM, 1 something failed.
+    """
+    stack = Stack(Path.cwd(), host, prefect_port, mlflow_port)
+    file = stack.folder / "env"
+    if print_env:
+        print(file.read_text() if file.is_file() else stack.exports, end="")
+        return
+    with _only_one(stack):
+        _check_ports(stack)
+        file.write_text(stack.exports)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            _start(stack)
+            _watch(stack)
+        except KeyboardInterrupt:
+            print("\nstopping", flush=True)
+        finally:
+            _stop(stack, drain)
+            file.unlink()
+    print("stopped; the data is kept in .sft")
+
+
+def _start(stack: Stack) -> None:
+    new = not (stack.folder / "prefect").exists()
+    print(f"starting Prefect and MLflow{' (the first time: about a minute)' if new else ''}", flush=True)
+    environment = stack.environment()
+    stack.servers.append(start_prefect(stack.folder, stack.prefect_port, environment, stack.host))
+    stack.servers.append(start_mlflow(stack.folder, stack.mlflow_port, environment, host=stack.host))
+    os.environ.update(environment)  # before Prefect is imported here
+    wait_for(stack.servers[0], f"{stack.prefect_url}/api/health")
+    make_pools()
+    resume_pools(stack.folder)
+    make_automations()
+    deploy = start_deploy(stack.project, stack.folder, environment)
+    if deploy is not None:
+        print("registering the deployments", flush=True)
+        finish_deploy(deploy, stack.project, stack.folder)
+    for pool, limit in POOLS.items():
+        stack.workers.append(start_worker(pool, stack.folder, environment, limit))
+    wait_for(stack.servers[1], f"{stack.mlflow_url}/health")
+    _print_ready(stack)
+
+
+def _print_ready(stack: Stack) -> None:
+    print(
+        f"""
+  Prefect   {stack.prefect_url}   runs, schedules, the form
+  MLflow    {stack.mlflow_url}   models, metrics, reports
+  data      {stack.folder}   (logs/ has what each process printed)
+
+Start a retraining with the form:
+  {stack.prefect_url}/deployments/deployment/{form_id()}/run
+or from another terminal in this folder:
+  eval "$(sft up --print-env)"
+  prefect deployment run {FORM} --param recipe=RECIPE.yaml
+The first of these two lines stands for:
+  {stack.exports.rstrip().replace(chr(10), chr(10) + "  ")}
+
+Ctrl-C stops everything.""",
+        flush=True,
+    )
+
+
+def _watch(stack: Stack) -> None:
+    while True:
+        for process in stack.servers + stack.workers:
+            if not process.running:
+                raise ServerError(
+                    f"{process.name} ended with status {process.popen.returncode}; the rest is being stopped. "
+                    f"The end of {process.log}:\n{last_lines(process.log)}"
+                )
+        time.sleep(LOOK_SECONDS)
+
+
+def _stop(stack: Stack, drain: float) -> None:
+    """No new runs; those in progress may end, then must. Each further Ctrl-C, and each bound, goes one stage harder."""
+    stages = (lambda: _drain(stack, drain), lambda: _end_runs(stack), lambda: _end_servers(stack))
+    for stage in stages:
+        with contextlib.suppress(KeyboardInterrupt):
+            stage()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left that could take long
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for process in stack.workers + stack.servers:
+        process.kill()
+    end_marked(stack.folder)
+
+
+def _drain(stack: Stack, seconds: float) -> None:
+    runs = _runs(stack)
+    if not runs or not stack.servers[0].running:
+        return
+    print(f"{len(runs)} run(s) may go on for {seconds:.0f} s; Ctrl-C again tells them to end now", flush=True)
+    pause_pools(stack.folder)  # a worker that is told to end takes its runs with it at once
+    _wait_ended(stack, seconds)
+
+
+def _end_runs(stack: Stack) -> None:
+    for pid in (runs := _runs(stack)):
+        send(pid, signal.SIGTERM)
+    if runs:
+        print(f"{len(runs)} run(s) were told to end; a training saves its checkpoint first", flush=True)
+        _wait_ended(stack, SAVE_SECONDS)
+
+
+def _end_servers(stack: Stack) -> None:
+    for process in stack.workers + stack.servers:
+        process.stop()
+
+
+def _runs(stack: Stack) -> list[int]:
+    """Processes of flow runs: the workers' children."""
+    workers = {worker.popen.pid for worker in stack.workers}
+    return [pid for pid, parent in marked(stack.folder).items() if parent in workers]
+
+
+def _wait_ended(stack: Stack, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while _runs(stack) and time.monotonic() < deadline:
+        time.sleep(LOOK_SECONDS)
+
+
+@contextlib.contextmanager
+def _only_one(stack: Stack) -> Iterator[None]:
+    """The folder's lock; what a killed `sft up` left running here is ended first."""
+    stack.folder.mkdir(exist_ok=True)
+    (stack.folder / ".gitignore").write_text("*\n")
+    with (stack.folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ServerError(f"another sft up runs in {stack.project}; stop it, or use another folder") from None
+        if ended := end_marked(stack.folder):
+            print(f"ended {ended} process(es) that an earlier sft up left here", file=sys.stderr)
+        yield
+
+
+def _check_ports(stack: Stack) -> None:
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(stack.host).is_unspecified:
+            raise ServerError(f"--host {stack.host}: name the one address by which other machines reach this one")
+    if stack.prefect_port == stack.mlflow_port:
+        raise ServerError(f"port {stack.prefect_port} is named twice; --prefect-port and --mlflow-port must differ")
+    for name, port in (("prefect", stack.prefect_port), ("mlflow", stack.mlflow_port)):
+        if not is_free(port, stack.host):
+            raise ServerError(f"port {port} of {stack.host} is taken; choose another with --{name}-port PORT")
