@@ -73,7 +73,8 @@ def up(
     with _only_one(stack):
         _check_ports(stack)
         file.write_text(stack.exports)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGTERM):  # a shell's `sft up &` has SIGINT ignored, here and in workers
+            signal.signal(number, signal.default_int_handler)
         try:
             _start(stack)
             _watch(stack)

@@ -1,5 +1,6 @@
 """One stack for all tests of a file, with workers of both pools and the project's deployments."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,8 +8,11 @@ import pytest
 
 from tests.services.stack import Stack, write_project
 
-SERVICES_SECONDS = 900
+SERVICES_SECONDS = 1500
 """Bound on one test here: a flow run on a busy machine takes minutes."""
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell's background command has it ignored, and so has all that it starts: a Prefect worker then never ends.
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from cli.servers import HOST, Process, free_port, start
 
-pytest.importorskip("s3fs", reason="pip install -e '.[dev]' brings s3fs and moto")
+s3fs = pytest.importorskip("s3fs", reason="pip install -e '.[dev]' brings s3fs and moto")
 BUCKET = "bucket"
 START_SECONDS = 120.0
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -69,6 +69,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         for name, value in server.environment.items():
             patch.setenv(name, value)
         server.client().create_bucket(Bucket=BUCKET)
+        s3fs.S3FileSystem.clear_instance_cache()  # of an earlier file's server, which is gone
         yield server
 
 

@@ -86,7 +86,7 @@ def test_prefects_server_is_killed_and_started_again_in_mid_run(stack: Stack) ->
     assert finished["state_name"] == "Completed", stack.logs(run_id)[-5:]
     assert_nothing_is_missing(stack, "prefect")
     parts = sorted(run["name"] for run in stack.children(run_id))
-    assert parts == ["prepare-prefect", "publish-prefect", "train-prefect"]
+    assert parts == ["prepare prefect", "publish prefect", "train prefect"]
     final = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
     assert {run["state_type"] for run in runs(stack, "flow_runs")} <= final
     wait_until(lambda: {run["state_type"] for run in runs(stack, "task_runs")} <= final, START_SECONDS)

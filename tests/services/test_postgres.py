@@ -61,8 +61,8 @@ def test_two_retrainings_and_200_short_runs_at_once_lose_and_double_nothing(stac
     states = Counter(database.ask("prefect", "select name, state_type from flow_run"))
     short = {run: count for run, count in states.items() if run.startswith("short-")}
     assert short == {f"short-{number}|COMPLETED": 1 for number in range(SHORT_RUNS)}
-    parts = [f"{part}-{name}|COMPLETED" for part in ("prepare", "train", "publish") for name in ("first", "second")]
-    assert states - Counter(short) == Counter([*parts, "retrain-first|COMPLETED", "retrain-second|COMPLETED"])
+    parts = [f"{part} {name}|COMPLETED" for part in ("prepare", "train", "publish") for name in ("first", "second")]
+    assert states - Counter(short) == Counter([*parts, "retrain first|COMPLETED", "retrain second|COMPLETED"])
     tasks = "select count(*) from task_run where state_type = 'COMPLETED' and name like 'twice%'"
     wait_until(lambda: database.ask("prefect", tasks) == [str(2 * SHORT_RUNS)], RECORDED_SECONDS)
     for name in ("first", "second"):

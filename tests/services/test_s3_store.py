@@ -24,10 +24,10 @@ from tests.services.stack import RECIPE, ROOT, RUN_SECONDS, wait_until, write_pr
 from tests.tasks.models_project import connected
 
 STORE = f"s3://{BUCKET}/sft"
-STEPS = 80
+STEPS = 400
 """Optimizer steps: enough that checkpoints reach the mirror long before the last."""
 ADAPTER = "checkpoint/adapter_model.safetensors"
-SETTINGS = {"max_steps: 3": f"max_steps: {STEPS}\n  num_train_epochs: {STEPS}\n  save_steps: 4\n  save_total_limit: 2"}
+SETTINGS = {"max_steps: 3": f"max_steps: {STEPS}\n  num_train_epochs: {STEPS}\n  save_steps: 20\n  save_total_limit: 2"}
 PREPARE = """
 import sys
 from sft_core.plan import plan_recipe
