@@ -21,7 +21,7 @@ test: $(READY)  ## all tests that need no server of their own
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/services
 
 test-services: $(READY)  ## real servers: Prefect, MLflow, PostgreSQL, S3, a browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/services
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/services
 
 check: $(READY)  ## format, lint, types, layers
 	$(BIN)/ruff format --check .

@@ -15,12 +15,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # A shell's background command has it ignored, and so has all that it starts: a Prefect worker then never ends.
 
 
+LONGEST = ("test_kills.py", "test_outages.py", "test_handover.py")
+"""Files that begin first, so that no process has only the longest of them left. They wait more than they work."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything here is slow and has its own bound."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.slow)
             item.add_marker(pytest.mark.timeout(SERVICES_SECONDS))
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="module")

@@ -89,8 +89,9 @@ class Stack:
         return process
 
     def deploy(self) -> None:
-        """The project's deployments; pools must be there."""
-        self.prefect("--no-prompt", "deploy", "--all", "--prefect-file", str(ROOT / "prefect.yaml"))
+        """The project's deployments; pools must be there. Each worker is to read its own SFT_PROJECT_DIR, later."""
+        deploy = ["env", "-u", "SFT_PROJECT_DIR", sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+        self.run([*deploy, "--prefect-file", str(ROOT / "prefect.yaml")], ROOT)
 
     def prefect(self, *arguments: str) -> str:
         """Run `prefect ARGUMENTS` in the project's root; what it printed."""
@@ -102,17 +103,22 @@ class Stack:
 
     def command(self, *arguments: str, folder: Path, **settings: str) -> str:
         """Run `python -m ARGUMENTS`; what it printed. AssertionError with it where the status is not 0."""
+        seconds = RUN_SECONDS if arguments[0] == "cli.main" else COMMAND_SECONDS
+        return self.run([sys.executable, "-m", *arguments], folder, seconds, **settings)
+
+    def run(self, command: list[str], folder: Path, seconds: float = COMMAND_SECONDS, **settings: str) -> str:
+        """Run a command in `folder`; what it printed. AssertionError with it where the status is not 0."""
         done = subprocess.run(
-            [sys.executable, "-m", *arguments],
+            command,
             cwd=folder,
             env={**self.environment, **settings},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=RUN_SECONDS if arguments[0] == "cli.main" else COMMAND_SECONDS,
+            timeout=seconds,
         )
-        assert done.returncode == 0, f"{arguments}: status {done.returncode}\n{done.stdout[-4000:]}"
+        assert done.returncode == 0, f"{command}: status {done.returncode}\n{done.stdout[-4000:]}"
         return done.stdout
 
     def api(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:

@@ -31,7 +31,7 @@ from tests.services.stack import RUN_SECONDS, Stack, wait_until
 
 HEARTBEAT_SECONDS = 30
 """Prefect's least; a run is given up after three times that."""
-RESTART_SECONDS = 60
+RESTART_SECONDS = 20
 AUTOMATIONS = (NO_HEARTBEAT, NEVER_STARTED, MARK, RESTART)
 ADAPTER = "adapter_model.safetensors"
 

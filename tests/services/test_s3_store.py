@@ -1,4 +1,5 @@
-"""A whole retraining with its store on S3, by workers that share nothing else; one is killed in mid-training."""
+"""A whole retraining with its store on S3, by machines that share nothing else: rows are prepared on one, a training is
+killed on a second, and a deployed retraining goes on with a Prefect worker each of `cpu` and `gpu`."""
 
 import json
 import os
@@ -20,7 +21,7 @@ from sft_core.store_gc import decide
 from sft_core.store_survey import COPY, remove, survey
 from tasks.store_needs import registered_fingerprints
 from tests.services.s3 import BUCKET, S3Server, s3  # noqa: F401 - s3 is a fixture
-from tests.services.stack import RECIPE, ROOT, RUN_SECONDS, wait_until, write_project
+from tests.services.stack import RECIPE, ROOT, RUN_SECONDS, Stack, wait_until, write_project
 from tests.tasks.models_project import connected
 
 STORE = f"s3://{BUCKET}/sft"
@@ -88,19 +89,36 @@ def workers(
     tiny_model: Path,
     s3: S3Server,  # noqa: F811
 ) -> dict[str, Worker]:
-    names = ("preparing", "killed", "third")
+    names = ("preparing", "killed", "cpu", "gpu")
     return {name: Worker(tmp_path_factory.mktemp(name), tiny_model, s3) for name in names}
 
 
+@pytest.fixture(scope="module")
+def stack(workers: dict[str, Worker]) -> Iterator[Stack]:
+    """Servers, and a worker of each pool on a machine of its own; that of `gpu` has no rows."""
+    cpu, gpu = workers["cpu"], workers["gpu"]
+    (gpu.folder / "rows.jsonl").unlink()
+    stack = Stack(cpu.folder, **cpu.environment)
+    try:
+        stack.start()
+        stack.worker("cpu")
+        own = {"SFT_PROJECT_DIR": str(gpu.folder), "PREFECT_HOME": str(gpu.folder / "prefect")}
+        stack.worker("gpu", limit=1, **{**gpu.environment, **own})
+        stack.deploy()
+        yield stack
+    finally:
+        stack.stop()
+
+
 @pytest.fixture
-def registry(retrained: str, workers: dict[str, Worker]) -> Iterator[None]:
-    """The third worker's."""
-    yield from connected(workers["third"].folder / "mlflow.db")  # type: ignore[misc]
+def registry(retrained: str, stack: Stack) -> Iterator[None]:
+    """The stack's, for this process."""
+    yield from connected(stack.mlflow_url)  # type: ignore[misc]
 
 
 @pytest.fixture(scope="module")
-def retrained(workers: dict[str, Worker]) -> str:
-    """Prepared by one worker, trained by a second that is killed, finished by a third: what that one printed."""
+def retrained(workers: dict[str, Worker], stack: Stack) -> str:
+    """Prepared by one machine, trained by a second that is killed, finished by the stack: what its training logged."""
     assert "[False, False, False]" in workers["preparing"].run("-c", PREPARE, "recipe.yaml")
     killed, store = workers["killed"].start("-m", "cli.main", "train", "recipe.yaml"), Store(STORE)
     try:
@@ -116,7 +134,10 @@ def retrained(workers: dict[str, Worker]) -> str:
     ]
     assert max(mirrored(store)) < STEPS
     assert not store.manifests("train")
-    return workers["third"].sft("run", "recipe.yaml")
+    run_id = stack.run_deployment("retrain/on-demand", {"recipe": "recipe.yaml", "compute": {"train": "train/gpu"}})
+    assert stack.wait_final(run_id)["state_name"] == "Completed", stack.logs(run_id)[-5:]
+    (training,) = [child["id"] for child in stack.children(run_id) if child["name"] == "train orders"]
+    return "\n".join(stack.logs(training))
 
 
 def mirrored(store: Store) -> list[int]:
@@ -125,7 +146,7 @@ def mirrored(store: Store) -> list[int]:
     return [int(name.split("/")[2].partition("-")[2]) for name in names if name.endswith("/mirrored.json")]
 
 
-def test_a_third_worker_goes_on_from_the_mirror_to_the_same_bytes(
+def test_a_worker_of_the_gpu_pool_goes_on_from_the_mirror_to_the_same_bytes(
     retrained: str,
     tmp_path: Path,
     tiny_model: Path,

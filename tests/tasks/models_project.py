@@ -104,9 +104,10 @@ def empty_registry(tmp_path: Path) -> Iterator[MlflowClient]:
     yield from connected(tmp_path / "mlflow.db")
 
 
-def connected(database: Path) -> Iterator[MlflowClient]:
+def connected(where: Path | str) -> Iterator[MlflowClient]:
+    """`where`: a database's file, or a server's URL."""
     before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{database}")
+    mlflow.set_tracking_uri(f"sqlite:///{where}" if isinstance(where, Path) else where)
     tracking.client.cache_clear()
     yield tracking.client()
     mlflow.set_tracking_uri(before)
