@@ -127,7 +127,7 @@ def _read_line(line: bytes, number: int) -> RawRow:
     try:
         json.loads(text)
     except json.JSONDecodeError as error:
-        return RawRow(text, number, f"not_json: {error.msg} at column {error.pos + 1}")
+        return RawRow(text, number, f"not_json: {error.msg.removesuffix(' at')} at column {error.pos + 1}")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested too deeply
         return RawRow(text, number, f"not_json: {error}")
     return RawRow(text, number)

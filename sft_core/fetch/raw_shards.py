@@ -20,7 +20,7 @@ from sft_core.fetch.json_rows import RawRow, read_lines, without_bom
 from sft_core.fingerprint import hash_value
 from sft_core.shards import Earlier, Made, ShardWriter
 
-STEP_VERSION = 2
+STEP_VERSION = 3
 ROWS = "rows/*.parquet"
 RAW_SCHEMA = pa.schema(
     [("row", pa.string()), ("file", pa.int32()), ("row_number", pa.int64()), ("problem", pa.string())]

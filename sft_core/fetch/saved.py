@@ -20,7 +20,9 @@ DESCRIPTIONS = frozenset({DICT, STATE, "dataset_info.json", "dataset_infos.json"
 def folder_files(fs: Any, root: str, split: str) -> list[tuple[str, str]]:
     """(path, label) of the data files below a folder; of a saved DatasetDict, those of `split`."""
     folder = _folder_of_split(fs, root.rstrip("/"), split)
-    found = [path for path in sorted(fs.find(folder)) if not _is_hidden(path[len(folder) + 1 :])]
+    listed = sorted(fs.find(folder, detail=True).items())
+    files = [path for path, info in listed if info["type"] != "other"]  # a pipe or a socket would never end
+    found = [path for path in files if not _is_hidden(path[len(folder) + 1 :])]
     saved = {parent(path): _listed(fs, path) for path in found if _is_state(path, found)}
     paths: list[str] = []
     for path in found:

@@ -68,6 +68,8 @@ class SourceDescription:
 def describe_source(dataset: DatasetConfig) -> SourceDescription:
     """Find the source and hash it, or resolve its commit. SourceError when there is none."""
     path = dataset.path
+    if not path.strip():
+        raise SourceError("a data set's path is empty; name a file, a folder, a glob, an fsspec URL or a hub id")
     if dataset.source == "hub":
         return SourceDescription(path=path, hub=_describe_hub(dataset))
     if dataset.source:

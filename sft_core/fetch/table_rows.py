@@ -77,21 +77,61 @@ def _plain(value: object) -> str:
 def read_csv(file: IO[bytes], label: str) -> Iterator[RawRow]:
     """Rows of a comma-separated file with a header; every value is text, an empty field is an empty text."""
     csv.field_size_limit(LONGEST_FIELD)  # the module's own limit is 128 KiB
-    reader = csv.reader(decode_pieces(file, label))
-    try:
-        header = next(reader, [])
-        if len(set(header)) < len(header):
-            twice = sorted({name for name in header if header.count(name) > 1})
-            raise SourceError(f"{label}: line 1 names these columns twice: {', '.join(map(repr, twice))}; rename one")
+    lines = _Lines(decode_pieces(file, label))
+    reader = csv.reader(lines)
+    header = _header(reader, lines, label)
+    begins = reader.line_num + 1
+    while (fields := _fields(reader, lines, label)) is not None:
+        if isinstance(fields, csv.Error):
+            yield RawRow("".join(lines.taken), begins, f"bad_csv_row: {fields}")
+        elif len(fields) == len(header):
+            yield RawRow(row_text(dict(zip(header, fields, strict=True))), begins)
+        elif fields:
+            problem = f"bad_csv_row: {len(fields)} fields, the header has {len(header)}"
+            yield RawRow(json.dumps(fields, ensure_ascii=False), begins, problem)
         begins = reader.line_num + 1
-        for fields in reader:
-            if len(fields) == len(header):
-                yield RawRow(row_text(dict(zip(header, fields, strict=True))), begins)
-            elif fields:
-                problem = f"bad_csv_row: {len(fields)} fields, the header has {len(header)}"
-                yield RawRow(json.dumps(fields, ensure_ascii=False), begins, problem)
-            begins = reader.line_num + 1
+
+
+def _header(reader: Any, lines: "_Lines", label: str) -> list[str]:
+    """The first line that is not blank."""
+    header = _fields(reader, lines, label)
+    while header == []:
+        header = _fields(reader, lines, label)
+    if isinstance(header, csv.Error):
+        raise SourceError(f"{label}: not CSV near line {reader.line_num}: {header}; save the file as CSV again")
+    twice = sorted({name for name in header or [] if (header or []).count(name) > 1})
+    if twice:
+        where = f"{label}: line {reader.line_num}"
+        raise SourceError(f"{where} names these columns twice: {', '.join(map(repr, twice))}; rename one")
+    return header or []
+
+
+class _Lines:
+    """Lines of a CSV file, and those of the row that is being read. `ended` once one was asked for behind the last."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self.taken: list[str] = []
+        self.ended = False
+        self._lines = lines
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self._lines:
+            self.taken.append(line)
+            yield line
+        self.ended = True
+
+
+def _fields(reader: Any, lines: _Lines, label: str) -> list[str] | csv.Error | None:
+    """The next row's fields, what is wrong with it, or None at the end."""
+    begins = reader.line_num + 1
+    lines.taken.clear()
+    try:
+        fields: list[str] | None = next(reader, None)
     except csv.Error as error:
+        return error
+    if fields is not None and lines.ended:  # only a quote that is open makes the module ask for more than a line
         raise SourceError(
-            f"{label}: not CSV near line {reader.line_num}: {error}; mend that line or save the file as CSV again"
-        ) from None
+            f"{label}: the row that begins in line {begins} opens a quote that nothing closes, so the rest of the file "
+            "is one field; close it, or write a quote inside of a field twice"
+        )
+    return fields

@@ -3,6 +3,7 @@
 In: a row. Out: the text or messages in a column, or a RowError that says which column lacks what.
 """
 
+import re
 from typing import Any
 
 from sft_core.errors import RowError
@@ -10,6 +11,8 @@ from sft_core.errors import RowError
 Row = dict[str, Any]
 Returned = dict[str, Any]
 """What a map_fn returns."""
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+"""In the `repr` of an object that has none of its own."""
 
 COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "messages": (("messages",),),
@@ -97,8 +100,8 @@ def messages_in(row: Row, column: str = "messages") -> list[dict[str, Any]]:
 
 
 def short(value: object) -> str:
-    """At most 80 characters of a value, for an error."""
-    text = repr(value)
+    """At most 80 characters of a value, for an error; without addresses in memory, which differ from run to run."""
+    text = ADDRESS.sub("", repr(value))
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

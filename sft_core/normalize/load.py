@@ -81,7 +81,7 @@ def _run_file(path: Path, name: str) -> ModuleType:
         code = compile(path.read_bytes(), module.__file__, "exec")
         with _imports_from(path.resolve().parent):
             exec(code, module.__dict__)
-    except Exception as error:  # noqa: BLE001 - a user's file may raise anything
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's file may raise anything
         raise RecipeError(f"map_fn {name!r}: {path} does not run: {type(error).__name__}: {error}") from error
     return module
 
@@ -117,7 +117,7 @@ def _import_module(module: str, name: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise RecipeError(f"map_fn {name!r}: no module {error.name!r} here or installed; write {FORMS}") from error
-    except Exception as error:  # noqa: BLE001 - a user's module may raise anything
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's module may raise anything
         raise RecipeError(f"map_fn {name!r}: importing it failed: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(str(Path.cwd()))

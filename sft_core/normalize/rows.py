@@ -9,7 +9,8 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sft_core.errors import RowError
+from sft_core.errors import DataError, RowError
+from sft_core.normalize.columns import ADDRESS, short
 from sft_core.normalize.conversation import Conversation, to_conversation
 
 MapFn = Callable[[dict[str, Any]], object]
@@ -22,9 +23,27 @@ def read_conversation(record: Mapping[str, Any], map_fn: MapFn) -> Conversation:
         returned = map_fn(row)
     except RowError:
         raise
-    except Exception as error:  # noqa: BLE001 - a user's map_fn may raise anything; the row is kept with what it raised
-        raise RowError("map_fn_error", f"{type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's map_fn may raise anything; the row is kept
+        raise RowError("map_fn_error", ADDRESS.sub("", f"{type(error).__name__}: {error}")) from error
     return to_conversation(returned)
+
+
+def prove_repeatable(record: Mapping[str, Any], map_fn: MapFn, name: str) -> None:
+    """DataError unless the map_fn makes the same of a row when it is called again. One that draws at random would move
+    rows from side to side, and the same recipe would not give the same bytes."""
+    if _outcome(record, map_fn) != _outcome(record, map_fn):
+        raise DataError(
+            f"map_fn {name!r} returns something else when it is called again with the same row, "
+            f"{short(record['row'])}; it may depend on the row alone: draw with random.Random(a text of the row), and "
+            "leave out times and counters"
+        )
+
+
+def _outcome(record: Mapping[str, Any], map_fn: MapFn) -> Conversation | tuple[str, str]:
+    try:
+        return read_conversation(record, map_fn)
+    except RowError as error:
+        return error.reason, error.detail
 
 
 def read_row(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,8 +25,8 @@ import pyarrow.parquet as pq
 from sft_core.errors import RowError
 from sft_core.normalize.columns import suggest_map_fns
 from sft_core.normalize.conversation import Conversation, Message, content_digest
-from sft_core.normalize.load import load_map_fn
-from sft_core.normalize.rows import MapFn, is_held_out, is_sampled, read_conversation
+from sft_core.normalize.load import load_map_fn, shipped_name
+from sft_core.normalize.rows import MapFn, is_held_out, is_sampled, prove_repeatable, read_conversation
 from sft_core.normalize.sketch import BINS, sketch, text_of
 from sft_core.normalize.tables import LOCAL_SCHEMA, messages_column, parquet_bytes, sizes
 from sft_core.normalize.tally import DETAIL_CHARACTERS, NO_FAULT, Amount, ShardExample, ShardTally
@@ -35,6 +35,8 @@ from sft_core.shards import Made
 
 TRAIN, SIGNATURES = "train/*.parquet", "signatures/*.npy"
 CANDIDATES, REFUSED = "candidates/*.parquet", "refused/*.jsonl"
+CALLED_TWICE = 8
+"""Rows of each shard by which a user's map_fn shows that it depends on the row alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +76,10 @@ class _Shard:
 
     def made(self) -> Made:
         """All files and facts."""
-        for record in _records(self._work.path):
+        own = shipped_name(self._work.map_fn) is None
+        for number, record in enumerate(_records(self._work.path)):
+            if own and number < CALLED_TWICE:
+                prove_repeatable(record, self._map_fn, self._work.map_fn)
             self._take(record)
         table = self._table()
         signatures = sketch(text_of(conversation.messages) for _, conversation, _, _ in self._kept)

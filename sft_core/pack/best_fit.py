@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Numbers = NDArray[np.int64]
+Numbers = NDArray[np.signedinteger[Any]]
 WORD_BITS = 1024
 GAP_FILLERS = 0.2
 """Share of all tokens, in the shortest sequences, that is left to fill gaps. With alpaca's lengths at 2,048, 0.05 costs
@@ -47,7 +47,7 @@ def _unevenness(rows: Numbers, sizes: Numbers) -> float:
 
 def _even_squares(sizes: Numbers, max_length: int, rows: int) -> Numbers:
     """Rows of even sums of squares: `rows` of them, or more where the gaps do not take what is left over."""
-    chosen = np.full(len(sizes), -1, np.int64)
+    chosen = np.full(len(sizes), -1, np.int32)
     squares, room = np.zeros(rows, np.int64), np.full(rows, max_length, np.int64)
     head = int(np.searchsorted(np.cumsum(sizes), (1 - GAP_FILLERS) * sizes.sum()))
     at_a_time = min(rows, max(rows // 4, len(sizes) // MOST_ROUNDS, 1))
@@ -58,7 +58,7 @@ def _even_squares(sizes: Numbers, max_length: int, rows: int) -> Numbers:
         if not count or len(with_room) < at_a_time // 4:
             break
         cheapest = with_room[np.argsort(squares[with_room], kind="stable")[:count]]
-        placed = sizes[start : start + count]
+        placed = sizes[start : start + count].astype(np.int64)
         chosen[start : start + count] = cheapest
         squares[cheapest] += placed * placed
         room[cheapest] -= placed
@@ -70,7 +70,7 @@ def _even_squares(sizes: Numbers, max_length: int, rows: int) -> Numbers:
 def best_fit(sizes: Numbers, max_length: int, rooms: NDArray[Any] | None = None) -> Numbers:
     """Number of each sequence's row, by best-fit decreasing. `rooms`: of rows that are there already; new ones count on
     from them. Equal lengths are placed as many at a time as the chosen row takes."""
-    rows = np.empty(len(sizes), np.int64)
+    rows = np.empty(len(sizes), np.int32)
     opened = 0 if rooms is None else len(rooms)
     open_rows: list[list[int]] = [[] for _ in range(max_length + 1)]  # by room left; the newest is taken first
     by_room = _Bitmap(max_length + 1)

@@ -135,7 +135,6 @@ def _write_bins(out: Path, settings: PackedSettings) -> dict[str, Any]:
     """Write epoch 0's bins with the settings beside them; figures of that epoch."""
     shards = sorted(out.glob(SEQUENCE_FILES))
     lengths = np.concatenate([pq.read_table(shard, columns=["length"])["length"].to_numpy() for shard in shards])
-    lengths = lengths.astype(np.int64)
     weights, limit = read_weights(out), settings.max_length
     rows = epoch_rows(lengths, limit, settings.packing, settings.seed, 0, weights)
     cuts = {} if rows.first is None else {"first": rows.first, "last": rows.last}
@@ -146,7 +145,7 @@ def _write_bins(out: Path, settings: PackedSettings) -> dict[str, Any]:
     schema = pa.schema([(name, TOKENS) for name in columns], metadata=metadata)
     pq.write_table(pa.table(lists, schema=schema), out / BINS, compression=COMPRESSION)
     numbers = copies(weights, settings.seed, epoch=0)
-    tokens = int((numbers * lengths).sum())
+    tokens = int(np.dot(numbers, lengths.astype(np.int64)))
     packed_rows = len(rows.offsets) - 1
     return {
         "epoch_sequences": int(numbers.sum()),

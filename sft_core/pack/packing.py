@@ -23,7 +23,7 @@ from sft_core.pack.best_fit import share_rows
 PACKINGS = ("best_fit", "concat", "none")
 Lengths = Sequence[int] | NDArray[Any]
 Weights = Sequence[float] | NDArray[Any]
-Numbers = NDArray[np.int64]
+Numbers = NDArray[np.signedinteger[Any]]
 COPIES = 2**32 - 1
 """Where an epoch stands in the seed of an epoch's draws: of those that hold for all epochs."""
 
@@ -99,22 +99,22 @@ def epoch_rows(
     if packing not in PACKINGS:
         raise DataError(f"packing {packing!r}: it is one of {', '.join(PACKINGS)}")
     sizes = _checked(lengths, max_length)
-    numbers = np.arange(len(sizes))
+    numbers = np.arange(len(sizes), dtype=np.int32)
     if weights is not None:
         numbers = np.repeat(numbers, copies(weights, seed, epoch))
         sizes = sizes[numbers]
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
-    shuffled = generator.permutation(len(sizes))
+    order = generator.permutation(len(sizes)).astype(np.int32)
     if packing == "none":
-        return PackedRowsIndex(np.arange(len(sizes) + 1), numbers[shuffled])
+        return PackedRowsIndex(np.arange(len(sizes) + 1), numbers[order])
     if packing == "concat":
-        return _concat(sizes[shuffled], numbers[shuffled], max_length)
-    order = shuffled[np.argsort(-sizes[shuffled], kind="stable")]
+        return _concat(sizes[order], numbers[order], max_length)
+    order = order[np.argsort(-sizes[order], kind="stable")]  # longest first
     bins = share_rows(sizes[order], max_length)
-    rank = generator.permutation(len(sizes))
+    rank = generator.permutation(len(sizes)).astype(np.int32)[order]
     place = np.argsort(generator.permutation(int(bins.max(initial=-1)) + 1))  # where each bin comes in the epoch
-    placed = place[bins]
-    return PackedRowsIndex(_offsets(placed), numbers[order[np.lexsort((rank[order], placed))]])
+    bins = place.astype(np.int32)[bins]
+    return PackedRowsIndex(_offsets(bins), numbers[order[np.lexsort((rank, bins))]])
 
 
 def _concat(sizes: Numbers, indices: Numbers, max_length: int) -> PackedRowsIndex:
@@ -139,6 +139,7 @@ def _lists(members: Numbers, offsets: Numbers) -> list[list[int]]:
 
 
 def _checked(lengths: Lengths, max_length: int) -> Numbers:
+    """Lengths as int32, as all numbers of sequences are here: a million take 4 MB, and several such arrays live."""
     sizes = np.asarray(lengths, dtype=np.int64)
     wrong = np.flatnonzero((sizes < 1) | (sizes > max_length))
     if len(wrong):
@@ -146,4 +147,4 @@ def _checked(lengths: Lengths, max_length: int) -> Numbers:
             f"sequence {wrong[0]} has {sizes[wrong[0]]} tokens, a packed row holds 1 to {max_length} "
             f"({len(wrong)} such sequences); raise pack.max_length or leave them out"
         )
-    return sizes
+    return sizes.astype(np.int32)

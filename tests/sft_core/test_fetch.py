@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
 from types import SimpleNamespace
 
 import fsspec
@@ -58,6 +59,7 @@ class TestPlaces:
             ("nowhere/a.jsonl", "no such file, and not a hub id"),
             ("./a/b/c", "no such file, and not a hub id"),
             ("nosuch://a", "cannot be listed: ValueError"),
+            (" ", "a data set's path is empty"),
         ],
     )
     def test_nothing_there(self, path, message):
@@ -67,6 +69,11 @@ class TestPlaces:
     def test_a_folder_without_data(self, tmp_path):
         with pytest.raises(SourceError, match="the folder holds no data files"):
             describe_source(DatasetConfig(path=str(tmp_path)))
+
+    def test_a_pipe_in_a_folder_is_not_waited_for(self, tmp_path):
+        os.mkfifo(tmp_path / "a.jsonl")
+        (tmp_path / "b.jsonl").write_text('{"a": 1}\n')
+        assert [file.label for file in describe_source(DatasetConfig(path=str(tmp_path))).files] == ["b.jsonl"]
 
     @pytest.mark.parametrize(("name", "content"), [("a.jsonl", b""), ("a.json", b"[]"), ("a.csv", b"a,b\n")])
     def test_no_rows(self, tmp_path, name, content):

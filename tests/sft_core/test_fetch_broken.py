@@ -60,7 +60,7 @@ def test_broken_lines_plain_and_compressed(tmp_path, monkeypatch, suffix, small)
     assert [(text[:20], number, problem) for text, number, problem in rows] == [
         ('{"a": "x\u0085y"}', 1, None),
         ('{"a": "\\xff"}', 3, "not_utf8: byte 0xff at byte 8 of the line"),
-        ('{"a": "\x00"}', 4, "not_json: Invalid control character at at column 8"),
+        ('{"a": "\x00"}', 4, "not_json: Invalid control character at column 8"),
         ("\x00\x00", 5, "not_json: Expecting value at column 1"),
         ('{"a": 1,}', 6, rows[4][2]),
         ('{"a": "xxxxxxxxxxxxx', 7, None),

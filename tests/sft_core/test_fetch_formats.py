@@ -107,6 +107,26 @@ class TestTables:
             ('["3"]', "a.csv", 6, "bad_csv_row: 1 fields, the header has 2"),
         ]
 
+    def test_csv_with_a_row_that_is_none(self, tmp_path):
+        rows = fetch_bytes(tmp_path, "a.csv", b"a,b\n1,2\n3,4\r5\n6,7")
+        assert [(row[0], *row[2:]) for row in rows[::2]] == [
+            ('{"a": "1", "b": "2"}', 2, None),
+            ('{"a": "6", "b": "7"}', 4, None),
+        ]
+        assert rows[1][:3] == ("3,4\r5\n", "a.csv", 3)
+        assert rows[1][3].startswith("bad_csv_row: new-line character seen in unquoted field")
+
+    def test_csv_that_begins_with_blank_lines(self, tmp_path):
+        rows = fetch_bytes(tmp_path, "a.csv", b"\n\r\na\n\n1\n")
+        assert rows == [('{"a": "1"}', "a.csv", 5, None)]
+
+    @pytest.mark.parametrize("end", [b"", b"\n", b"\ne,f\ng,h\n"])
+    def test_csv_with_a_quote_that_nothing_closes(self, tmp_path, end):
+        with pytest.raises(
+            SourceError, match=r"a\.csv: the row that begins in line 3 opens a quote that nothing closes"
+        ):
+            fetch_bytes(tmp_path, "a.csv", b'a,b\n1,2\nc,"d' + end)
+
     def test_csv_with_a_long_field(self, tmp_path):
         assert len(fetch_bytes(tmp_path, "a.csv", b"a\n" + b"x" * 200_000)[0][0]) == 200_009
 

@@ -23,6 +23,7 @@ from sft_core.shard_rows import read_shards
 from sft_core.shards import Sharding
 
 HERE = Sharding()
+GENERATOR = "<generator object read.<locals>.<genexpr>>"
 
 
 def source(tmp_path: Path, rows: list, name: str = "rows", **keys) -> NormalizeSource:
@@ -152,6 +153,31 @@ class TestRows:
             ("map_fn_error", "KeyError: 'extra'"),
         ]
         assert side(tmp_path / "out", "train")[0]["messages"][0]["role"] == "text"
+
+    def test_what_else_a_map_fn_may_do(self, tmp_path):
+        (tmp_path / "mine.py").write_text(
+            "def read(row):\n"
+            "    if row['input'] == 'Q0': return (turn for turn in ())\n"
+            "    if row['input'] == 'Q1': raise SystemExit(0)\n"
+            "    if row['input'] == 'Q2': raise ValueError(object())\n"
+            "    turns = [dict(row)]\n"
+            "    row.clear()\n"
+            "    return {'conversation': turns}\n"
+        )
+        normalize(tmp_path / "out", source(tmp_path, pairs(12), map_fn=f"{tmp_path / 'mine.py'}:read"))
+        shapes = "a map_fn returns {'conversation': [...]}, {'messages': [...]} or {'text': '...'}"
+        assert [(row["row"], row["reason"], row["detail"]) for row in quarantine(tmp_path / "out")] == [
+            ('{"input": "Q0", "output": "A0"}', "bad_conversation", f"{shapes}; this one returned {GENERATOR}"),
+            ('{"input": "Q1", "output": "A1"}', "map_fn_error", "SystemExit: 0"),
+            ('{"input": "Q2", "output": "A2"}', "map_fn_error", "ValueError: <object object>"),
+        ]
+
+    @pytest.mark.parametrize("text", ["next(COUNT)", "random.random()", "time.time_ns()"])
+    def test_a_map_fn_that_depends_on_more_than_the_row(self, tmp_path, text):
+        code = "import itertools, random, time\nCOUNT = itertools.count()\n"
+        (tmp_path / "mine.py").write_text(f"{code}def read(row):\n    return {{'text': str({text})}}\n")
+        with pytest.raises(DataError, match=r"mine\.py:read' returns something else when it is called again"):
+            normalize(tmp_path / "out", source(tmp_path, pairs(12), map_fn=f"{tmp_path / 'mine.py'}:read"))
 
     @pytest.mark.parametrize("seed", range(10))
     @pytest.mark.parametrize("map_fn", list(MAP_FNS))
