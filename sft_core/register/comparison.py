@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sft_core.errors import DataError
 from sft_core.evaluate.report import METRICS, EvaluationReport, Score
 from sft_core.register.spending import level_of, rows_needed
-from sft_core.register.statistics import interval, normal_quantile, p_value, standard_error
+from sft_core.register.statistics import gain_found, interval, p_value
 
 TOKEN_METRICS = frozenset({"loss", "token_accuracy"})
 """Mean nothing across tokenizers or templates."""
@@ -134,8 +134,7 @@ def compare(against: str, paired: Paired, excluded: int, terms: Terms) -> Compar
     finite = bool(np.isfinite(paired.gain).all())
     low, high = interval(paired.gain, paired.weight, CONFIDENCE) if finite else (-np.inf, np.inf)
     other = float(paired.other.sum() / total)
-    reach = normal_quantile(terms.level) + normal_quantile(1 - POWER)
-    detectable = reach * standard_error(paired.gain, paired.weight) if finite else np.inf
+    detectable = gain_found(paired.gain, paired.weight, terms.level, POWER) if finite else np.inf
     margin = terms.margin * (abs(other) if metric.lower_is_better else 1.0)
     comparison = Comparison(
         against=against,
@@ -172,6 +171,11 @@ def _with_notes(comparison: Comparison, finite: bool, terms: Terms) -> Compariso
         notes.append(
             f"{comparison.rows} held-out rows can never pass: at {comparison.level:.2g} at least {needed} are needed, "
             "and then each of them must be better; raise eval_fraction or add eval_datasets"
+        )
+    elif not comparison.tuned_is_better and comparison.detectable == np.inf and finite:
+        notes.append(
+            f"{comparison.rows} held-out rows as uneven as these prove no gain at {comparison.level:.2g}, however "
+            "large; raise eval_fraction or add eval_datasets"
         )
     elif not comparison.tuned_is_better and finite:
         notes.append(

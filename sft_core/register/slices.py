@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from sft_core.evaluate.report import METRICS, Score
 from sft_core.register.comparison import CONFIDENCE, Paired
-from sft_core.register.statistics import interval, normal_quantile, p_value, standard_error
+from sft_core.register.statistics import gain_found, interval, p_value, symmetric_p
 
 MIN_ROWS = 20
 """Smaller slices are shown and not judged."""
@@ -91,9 +91,8 @@ def _judge(name: str, part: Paired, margin: float, shared_level: float) -> Slice
     finite = bool(np.isfinite(part.gain).all())
     low, high = interval(part.gain, part.weight, CONFIDENCE) if finite else (-np.inf, np.inf)
     proved = p_value(part.shifted(-margin)) <= LEVEL
-    harmed = p_value(-part.shifted(-margin)) <= shared_level
-    error = standard_error(part.gain, part.weight) if finite else 0.0
-    large = margin * unit >= (normal_quantile(LEVEL) + normal_quantile(shared_level)) * error
+    harmed = symmetric_p(-part.shifted(-margin)) <= shared_level  # the keener test: in doubt the champion stays
+    large = not finite or margin * unit >= gain_found(part.gain, part.weight, LEVEL, 1 - shared_level)
     outcome: Outcome = "small"
     if len(part.scores) >= MIN_ROWS:
         outcome = "held" if proved else "worse" if harmed else "unproved" if large else "open"

@@ -39,7 +39,7 @@ def judged(losses: np.ndarray, others: np.ndarray, datasets: list[str]) -> dict[
 def test_noise_in_twenty_slices_seldom_blocks_a_good_model() -> None:
     """5 % at most from large slices that fail to prove it, 5 % from small ones that look worse by chance."""
     blocked = 0
-    for seed in range(20):
+    for seed in range(8):
         rng = np.random.default_rng(seed)
         datasets = [f"d{i % 20}" for i in range(2000)]
         spread = np.array([0.02 if i % 20 < 10 else 0.4 for i in range(2000)])  # ten slices precise, ten noisy
@@ -47,7 +47,7 @@ def test_noise_in_twenty_slices_seldom_blocks_a_good_model() -> None:
         results = judged(others - 0.001 + spread * rng.standard_normal(2000), others, datasets)
         assert len(results) == 20
         blocked += any(result.blocks for result in results.values())
-    assert blocked <= 5  # P(Binomial(20, 0.1) > 5) = 0.011, and the seeds are fixed
+    assert blocked <= 3  # P(Binomial(8, 0.1) > 3) = 0.005, and the seeds are fixed
 
 
 def test_a_slice_that_gets_worse_blocks_a_model_that_is_better_overall() -> None:
