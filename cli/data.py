@@ -1,7 +1,7 @@
 """`sft data check` and `sft data preview`."""
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -29,6 +29,10 @@ def check(
     ] = None,
     name: Annotated[str | None, typer.Option(help="Configuration of a hub data set.")] = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
+    source: Annotated[
+        Literal["hub", "openmind", "modelscope"] | None,
+        typer.Option(help="Whose id FILE is; else a file's or the hub's."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
 ) -> None:
     """Read and normalize a data set, and report what became of its rows. Nothing is kept.
@@ -38,7 +42,7 @@ def check(
     from sft_core.normalize import check_dataset
     from sft_core.recipe import DatasetConfig
 
-    report = check_dataset(DatasetConfig(path=file, name=name, split=split), map_fn)
+    report = check_dataset(DatasetConfig(path=file, name=name, split=split, source=source), map_fn)
     print(_as_json(file, report) if as_json else _as_text(file, report))
 
 

@@ -13,13 +13,17 @@ from typing import Any
 
 from sft_core.shards import Made, Mapper
 
-CORES_PER_PROCESS = 4
-"""Tokenising runs on all cores without Python's lock; about one process in so many cores renders quickly enough."""
+CORES_PER_PROCESS = 2
+"""A fifth of pack's work, and nearly all of normalize's, holds Python's lock: on four cores a process would leave more
+than a third of their time unused, on two a sixth."""
+LEAST_CORES = 8
+"""With fewer, one process packs on several threads (`pack.overlap`): nothing to start, nothing to hand over."""
 
 
 def default_processes() -> int:
     """As many processes as this machine's cores keep busy."""
-    return max(1, len(os.sched_getaffinity(0)) // CORES_PER_PROCESS)
+    cores = len(os.sched_getaffinity(0))
+    return cores // CORES_PER_PROCESS if cores >= LEAST_CORES else 1
 
 
 @contextmanager

@@ -9,9 +9,10 @@ seed and weights do not. Memory holds a few shards, and the lengths of all seque
 """
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from sft_core.pack.chat_templates import load_chat_template
 from sft_core.pack.overlap import map_overlapped
 from sft_core.pack.packed import BINS, SETTINGS_KEY, TOKENIZER, PackedSettings, read_weights
 from sft_core.pack.packing import copies, epoch_rows
-from sft_core.pack.proof import prove_rows
+from sft_core.pack.proof import PROVED_CONVERSATIONS, prove_rows
 from sft_core.pack.shards import COMPRESSION, ORIGIN, REFUSED_FILES, SEQUENCE_FILES, TOKENS, ShardTask, encode_shard
 from sft_core.pack.tally import Tally
 from sft_core.pack.tokenizer import SavedTokenizer, TokenizerSource, load_saved_tokenizer, load_tokenizer, pad_with_eos
@@ -62,8 +63,7 @@ def pack_dataset(
     writer = ShardWriter(out, sharding.earlier)
     missing = [job.argument for job in jobs if not writer.holds(job.key)]
     if missing:
-        rows = chain.from_iterable(read_shard(task.path, task.place) for task in missing)
-        prove_rows(rows, loaded, load_saved_tokenizer(saved), template)
+        prove_rows(_rows_to_prove(missing), loaded, load_saved_tokenizer(saved), template)
     build_shards(jobs, encode_shard, writer, map_overlapped if sharding.mapper is map else sharding.mapper)
     writer.close()
     _write_quarantine(out, writer)
@@ -114,6 +114,14 @@ def _jobs(conversations: Path, saved: SavedTokenizer, template: str, config: Pac
         )
         for path, sha256, place in found
     ]
+
+
+def _rows_to_prove(tasks: Sequence[ShardTask]) -> Iterator[dict[str, Any]]:
+    """The first rows of shards all over the data, then all rows, in case the chat template refuses those."""
+    spread = tasks[:: -(-len(tasks) // PROVED_CONVERSATIONS)]
+    each = -(-PROVED_CONVERSATIONS // len(spread))
+    yield from chain.from_iterable(islice(read_shard(task.path, task.place), each) for task in spread)
+    yield from chain.from_iterable(read_shard(task.path, task.place) for task in tasks)
 
 
 def _write_quarantine(out: Path, writer: ShardWriter) -> None:

@@ -1,4 +1,4 @@
-"""Proof on the first conversations, before anything is trained: what is trained is what will be served.
+"""Proof on some conversations, before anything is trained: what is trained is what will be served.
 
 In: conversations, the tokenizer as it came, and the tokenizer as saved. Out: nothing, or a DataError that names the
 row: an answer whose end token is not trained (the model would never stop), or ids that the saved tokenizer with its
@@ -21,7 +21,8 @@ ROWS_LOOKED_AT = 1_000
 
 
 def prove_rows(rows: Iterable[dict[str, Any]], tokenizer: Any, saved: Any, chat_template: str) -> int:
-    """Check the first conversations that the template takes; how many there were. Bounded, whatever the data's size."""
+    """Check the first of these conversations that the template takes; how many there were. Few, whatever the data's
+    size."""
     proved = 0
     for row in islice(rows, ROWS_LOOKED_AT):
         try:

@@ -124,7 +124,9 @@ class RegisterConfig(Section):
     """Register the merged model where it lies in the store, which must be a bucket, instead of a copy in MLflow.
     Consumers then read the bucket themselves."""
     alpha: Annotated[float, Field(gt=0, le=0.5)] = 0.05
-    """Chance that 365 challenges of one champion promote a model that is no better than it."""
+    """Chance that the challenges of one champion in a year promote a model that is no better than it."""
+    challenges_a_year: Positive = 365
+    """Retrainings a year that `alpha` is spread over: 365 for a nightly schedule, 1460 for one every six hours."""
     margin: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """By how much a model must be better: a fraction of the other's loss or bits a byte, points of any other metric."""
     slice_margin: Annotated[float, Field(ge=0, lt=1)] = 0.02
@@ -143,7 +145,8 @@ class ComputeConfig(Section):
     publish: str | None = None
     """convert, merge, evaluate, register."""
     num_proc: Positive | None = None
-    """Processes that normalize and pack shards of rows; null for one in four cores. Same bytes for any number."""
+    """Processes that normalize and pack shards of rows; null for one to every two cores, of eight or more.
+    Same bytes for any number."""
     dask: str | None = None
     """Address of a Dask scheduler (`tcp://host:8786`) whose workers normalize and pack shards instead; needs the extra
     `dask`. Same bytes."""

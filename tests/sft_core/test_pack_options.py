@@ -1,10 +1,6 @@
 """Every packing with every overlong: what comes in goes out or is booked, and the bytes are the same every time."""
 
 import hashlib
-import json
-import os
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sft_core.artifacts import check_ledger
 from sft_core.pack import IGNORE_INDEX as NO
-from sft_core.pack import Sequence, epoch_bins, load_chat_template, load_packed, pack_dataset
+from sft_core.pack import Sequence, epoch_bins, load_chat_template, load_packed, overlap, pack_dataset
 from sft_core.pack.collate import collate
 from sft_core.pack.encoding import encode_conversation
 from sft_core.pack.packing import Piece
@@ -61,10 +57,10 @@ def talk(number: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two shards of rows."""
+    """Four shards of rows."""
     folder = tmp_path_factory.mktemp("conversations")
     (folder / "train").mkdir()
-    for shard, numbers in enumerate((range(150), range(150, 200))):
+    for shard, numbers in enumerate((range(90), range(90, 110), range(110, 150), range(150, 200))):
         rows = [{"row_id": f"r{n}", "messages": talk(n), "dataset": "d", "file": "f", "row_number": n} for n in numbers]
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), folder / "train" / f"part-{shard:05d}.parquet")
     return folder
@@ -170,18 +166,11 @@ def test_bins_on_disk_hold_the_cuts(tokenizer: Path, conversations: Path, tmp_pa
         assert [Piece(*place) for place in zip(row["bin"], row["first"], row["last"], strict=True)] == places
 
 
-@pytest.mark.slow
-def test_bytes_are_the_same_on_any_number_of_cores(tokenizer: Path, conversations: Path, tmp_path: Path) -> None:
-    script = (
-        "import json, sys; from pathlib import Path\n"
-        "from sft_core.pack import pack_dataset; from sft_core.recipe import PackConfig\n"
-        "rows, tokenizer, out = map(Path, sys.argv[1:4])\n"
-        "pack_dataset(rows, tokenizer, PackConfig(**json.loads(sys.argv[4])), 5, out)"
-    )
-    settings = json.dumps({"max_length": LIMIT, "chat_template": "chatml", "packing": "concat", "overlong": "split"})
-    for name, threads in (("a", "1"), ("b", "4"), ("c", "0")):
-        environment = {"TOKENIZERS_PARALLELISM": "false"} if threads == "0" else {"RAYON_NUM_THREADS": threads}
-        command = [sys.executable, "-c", script, str(conversations), str(tokenizer), str(tmp_path / name), settings]
-        subprocess.run(command, check=True, env={**os.environ, **environment}, cwd=Path(__file__).parents[2])
-    pack_dataset(conversations, tokenizer, config("concat", "split"), 5, tmp_path / "here")
-    assert hashes(tmp_path / "a") == hashes(tmp_path / "b") == hashes(tmp_path / "c") == hashes(tmp_path / "here")
+@pytest.mark.parametrize("cores", [2, 5])
+def test_bytes_are_the_same_on_any_number_of_cores(
+    tokenizer: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int
+) -> None:
+    for number in (1, cores):
+        monkeypatch.setattr(overlap.os, "sched_getaffinity", lambda _, number=number: set(range(number)))
+        pack_dataset(conversations, tokenizer, config("concat", "split"), 5, tmp_path / str(number))
+    assert hashes(tmp_path / "1") == hashes(tmp_path / str(cores))

@@ -178,3 +178,12 @@ def test_the_first_rows_are_proved_wherever_shards_are_made(tmp_path: Path, tiny
     with pytest.raises(DataError, match=r"d, a.jsonl, row 0: no end token is trained"):
         pack_dataset(tmp_path / "in", tiny_model, config, 42, tmp_path / "o", Sharding(mapper=counted(made)))
     assert made == []
+
+
+def test_rows_all_over_the_data_are_proved(tmp_path: Path, tiny_model: Path, earlier: Path) -> None:
+    template = tmp_path / "endless_once.jinja"
+    end = "{{ '' if m.content == 'yes 81' else '<|im_end|>' }}"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}" + end + "\n{% endfor %}")
+    config = PackConfig(max_length=96, chat_template=str(template))
+    with pytest.raises(DataError, match=r"d, a.jsonl, row 81: no end token is trained"):
+        pack_dataset(tmp_path / "in", tiny_model, config, 42, tmp_path / "o")
