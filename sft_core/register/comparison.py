@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from sft_core.errors import DataError
 from sft_core.evaluate.report import METRICS, EvaluationReport, Score
-from sft_core.register.spending import level_of, rows_needed
+from sft_core.register.spending import CHALLENGES_A_YEAR, level_of, rows_needed
 from sft_core.register.statistics import gain_found, interval, p_value
 
 TOKEN_METRICS = frozenset({"loss", "token_accuracy"})
@@ -31,11 +31,12 @@ class Terms:
     margin: float = 0.0
     slice_margin: float = 0.02
     challenge: int = 1
+    challenges_a_year: int = CHALLENGES_A_YEAR
 
     @property
     def level(self) -> float:
         """Of this one test."""
-        return level_of(self.challenge, self.alpha)
+        return level_of(self.challenge, self.alpha, self.challenges_a_year)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,6 +1,7 @@
 """How sure the gate must be, the more often one champion was challenged (alpha spending, Lan & DeMets 1983).
 
-In: which challenge of this champion it is, and alpha. Out: the level of this one test. See docs/adr/0007-gate.md.
+In: which challenge of this champion it is, alpha, how many challenges alpha is for. Out: the level of this one test.
+See docs/adr/0007-gate.md.
 """
 
 import math
@@ -8,8 +9,8 @@ import math
 CHALLENGES_A_YEAR = 365
 
 
-def level_of(challenge: int, alpha: float) -> float:
-    """Half of alpha falls off as 1/k^2, half is spread evenly: any 365 challenges in a row cost at most alpha.
+def level_of(challenge: int, alpha: float, a_year: int = CHALLENGES_A_YEAR) -> float:
+    """Half of alpha falls off as 1/k^2, half is spread evenly: any `a_year` challenges in a row cost at most alpha.
 
     The sum bounds the chance of a false promotion whatever ties the nights together (same rows, same champion).
 
@@ -18,7 +19,7 @@ def level_of(challenge: int, alpha: float) -> float:
     """
     assert challenge >= 1, f"challenges are counted from 1, not {challenge}"
     first = 6 / (math.pi * challenge) ** 2
-    return alpha / 2 * (first + 1 / CHALLENGES_A_YEAR)
+    return alpha / 2 * (first + 1 / a_year)
 
 
 def rows_needed(level: float) -> int:

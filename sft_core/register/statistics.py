@@ -27,8 +27,8 @@ NEWTON_STEPS = 30
 SECANTS = 30
 CLOSE = 1e-3
 """Of a standard error: how well the ends of an interval are known."""
-UNSEEN = 30
-"""See `unseen_row_p`; chosen by benchmarks/gate_simulation.py."""
+UNSEEN_MORE, UNSEEN_ROWS = 0.5, 30
+"""See `unseen_row_p`; chosen with benchmarks/gate_simulation.py."""
 LARGE = 300.0
 """cosh overflows a little above 700."""
 _NORMAL = NormalDist()
@@ -98,11 +98,11 @@ def saddlepoint_p(z: Array) -> Array:
 def unseen_row_p(z: Array) -> Array:
     """P(sum of E z <= 0), E standard exponential, with one more row, a loss: (tests, rows) -> (tests,).
 
-    Gaffke's p-value for a mean above zero where no row can lose more than that one. It is as large as the largest |z|,
-    and by UNSEEN / rows larger: the fewer rows, the less they say of the worst there is. By the same saddlepoint; 0.5
+    Gaffke's p-value for a mean above zero where no row can lose more than that one. It is half as large again as the
+    largest |z|, with many rows less: the more there are, the more they say of the worst. By the same saddlepoint; 0.5
     where the sum with that row is not above zero.
     """
-    worst = 1 + UNSEEN / z.shape[1]
+    worst = 1 + min(UNSEEN_MORE, UNSEEN_ROWS / z.shape[1])
     scaled = np.pad(z / np.abs(z).max(axis=1, keepdims=True), ((0, 0), (0, 1)), constant_values=-worst)
     low, high = np.zeros(len(z)), np.full(len(z), (1 - 1e-12) / worst)
     tilt = high / 2

@@ -63,6 +63,7 @@ def terms_of(recipe: Recipe, challenge: int) -> Terms:
         margin=recipe.register_.margin,
         slice_margin=recipe.register_.slice_margin,
         challenge=challenge,
+        challenges_a_year=recipe.register_.challenges_a_year,
     )
 
 
