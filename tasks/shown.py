@@ -132,7 +132,7 @@ def report_text(registered: Mapping[str, Any], scores: str, losses: Losses, link
 
 def curve_image(losses: Losses) -> str:
     """A Markdown image that holds its bytes; its text says where the curve starts and ends."""
-    chart = line_chart(losses, "optimizer step", "training loss, nats a supervised token")
+    chart = line_chart({"training": losses}, "optimizer step", "loss, nats a supervised token")
     size = f'width="{WIDTH}" height="{HEIGHT}"'
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{CURVE_STYLE}</style>{chart}</svg>'
     (first, begin), (last, end) = losses[0], losses[-1]

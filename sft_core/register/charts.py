@@ -4,18 +4,19 @@ In: numbers. Out: `Markup`, with every text escaped.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 680, 220
 LEFT, BOTTOM, TOP, RIGHT = 64, 30, 10, 10
-MAX_POINTS = 600
+MAX_POINTS, COLOURS = 600, 3
 ROW, LINE = 26, 18
 LABELS = 300
 LOG_FROM = 50
 """Where the largest of positive values is so many times the smallest, the axis is logarithmic."""
+Point = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,26 +30,28 @@ class Interval:
     good: bool
 
 
-def line_chart(points: Sequence[tuple[float, float]], x_label: str, y_label: str) -> Markup:
-    """A curve through (x, y). Points that are not finite are left out; of very many, every n-th is drawn. Where y falls
-    (or rises) far, its axis is logarithmic and says so."""
-    finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
-    if len(finite) < 2:
+def line_chart(curves: Mapping[str, Sequence[Point]], x_label: str, y_label: str) -> Markup:
+    """Curves through (x, y) on the same axes, named in the corner; those of fewer than two points are left out.
+
+    Points that are not finite are left out; of very many, every n-th is drawn. Where y falls (or rises) far, its axis
+    is logarithmic and says so.
+    """
+    drawn = {name: points for name, given in curves.items() if len(points := _thinned(given)) > 1}
+    if not drawn:
         return Markup("<p>fewer than two points: no curve</p>")
-    thinned = finite[:: math.ceil(len(finite) / MAX_POINTS)]
-    drawn = thinned if thinned[-1] == finite[-1] else [*thinned, finite[-1]]
-    xs, ys = [x for x, _ in drawn], [y for _, y in drawn]
+    xs, ys = zip(*(point for points in drawn.values() for point in points), strict=True)
     logarithmic = min(ys) > 0 and max(ys) > LOG_FROM * min(ys)
-    heights = [math.log10(y) for y in ys] if logarithmic else ys
+    scale: Callable[[float], float] = math.log10 if logarithmic else float
     y_label += " (log scale)" if logarithmic else ""
-    (x0, x1), (y0, y1) = _span(xs), _span(heights)
-    path = " ".join(
-        f"{LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT):.1f},"
-        f"{HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - BOTTOM - TOP):.1f}"
-        for x, y in zip(xs, heights, strict=True)
-    )
-    low, high = _span(ys)
-    texts = [
+    (x0, x1), (low, high) = _span(xs), _span(ys)
+    y0, y1 = scale(low), scale(high)
+
+    def placed(x: float, y: float) -> str:
+        across = LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
+        return f"{across:.1f},{HEIGHT - BOTTOM - (scale(y) - y0) / (y1 - y0) * (HEIGHT - BOTTOM - TOP):.1f}"
+
+    parts = [
+        Markup(f'<path class="axis" d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>'),
         _text(LEFT, HEIGHT - 10, f"{x0:g}"),
         _text(WIDTH - RIGHT, HEIGHT - 10, f"{x1:g}", "end"),
         _text((LEFT + WIDTH) / 2, HEIGHT - 10, x_label, "middle"),
@@ -56,8 +59,19 @@ def line_chart(points: Sequence[tuple[float, float]], x_label: str, y_label: str
         _text(LEFT - 6, TOP + 10, f"{high:.3g}", "end"),
         _text(WIDTH - RIGHT, TOP + 10, y_label, "end"),
     ]
-    axes = f'<path class="axis" d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>'
-    return _svg(HEIGHT, y_label, Markup(axes) + Markup(f'<polyline class="curve" points="{path}"/>') + _join(texts))
+    for number, (name, points) in enumerate(drawn.items()):
+        line = " ".join(placed(x, y) for x, y in points)
+        kind, y = f"curve c{number % COLOURS}", TOP + 10 + LINE * (number + 1)
+        parts.append(Markup(f'<polyline class="{kind}" points="{line}"/>'))
+        parts.append(Markup(f'<path class="{kind}" d="M{WIDTH - RIGHT - 24} {y - 4}h24"/>'))
+        parts.append(_text(WIDTH - RIGHT - 30, y, name, "end"))
+    return _svg(HEIGHT, y_label, _join(parts))
+
+
+def _thinned(points: Sequence[Point]) -> list[Point]:
+    finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    thinned = finite[:: max(1, math.ceil(len(finite) / MAX_POINTS))]
+    return thinned if not finite or thinned[-1] == finite[-1] else [*thinned, finite[-1]]
 
 
 def interval_chart(intervals: Sequence[Interval], x_label: str) -> Markup:

@@ -7,16 +7,19 @@ models is escaped (Jinja2's autoescape); charts are inline SVG; the page's polic
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
 from sft_core.evaluate.report import METRICS, EvaluationReport, Score
-from sft_core.register.charts import Interval, interval_chart, line_chart
+from sft_core.register.charts import Interval, Point, interval_chart, line_chart
 from sft_core.register.judge import Verdict
 from sft_core.register.page_text import PAGE
 
 SAMPLES = 20
+SMOOTHED = 1 / 30
+"""Of the logged steps: how many a smoothed training loss is the mean of."""
 SAMPLE_CHARACTERS = 2000
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")
 """Control characters and halves of surrogate pairs: no text of HTML."""
@@ -45,7 +48,6 @@ class Sample:
 def render_page(material: Material) -> str:
     """The page. Equal material gives equal text."""
     verdict = material.verdict
-    losses = [(float(entry["optimizer_step"]), float(entry["loss"])) for entry in material.training]
     page = (
         _environment()
         .from_string(PAGE)
@@ -55,17 +57,16 @@ def render_page(material: Material) -> str:
             passed="Passed the gate: a person decides." if verdict.manual else "Promoted.",
             metrics=_metrics(material.reports),
             models=list(material.reports),
-            curve=line_chart(losses, "optimizer step", "training loss, nats a supervised token"),
-            differences=interval_chart(
-                [
-                    Interval(f"against the {c.against}", c.gain, c.low, c.high, c.tuned_is_better)
-                    for c in verdict.comparisons
-                ],
-                _unit(verdict),
-            ),
+            curve=line_chart(_losses(material.training), "optimizer step", "loss, nats a supervised token"),
+            differences=[
+                interval_chart(
+                    [Interval(f"against the {c.against}", c.gain, c.low, c.high, c.tuned_is_better)], _unit(c.metric)
+                )
+                for c in verdict.comparisons
+            ],
             slices=interval_chart(
                 [Interval(f"{s.name} ({s.rows})"[:48], s.gain, s.low, s.high, not s.blocks) for s in verdict.slices],
-                _unit(verdict),
+                _unit(verdict.comparisons[-1].metric),
             ),
             samples=_samples(material.reports),
             ledgers=_ledgers(material.ledgers),
@@ -83,8 +84,19 @@ def _environment() -> Environment:
     return environment
 
 
-def _unit(verdict: Verdict) -> str:
-    metric = verdict.comparisons[-1].metric
+def _losses(training: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
+    """Training loss as logged, its mean over SMOOTHED of the run, and the held-out loss where it was measured."""
+    logged = [(float(entry["optimizer_step"]), float(entry["loss"])) for entry in training]
+    held_out = [(float(e["optimizer_step"]), float(e["eval_loss"])) for e in training if "eval_loss" in e]
+    width = max(1, int(len(logged) * SMOOTHED))
+    mean = [
+        (logged[end][0], fmean(loss for _, loss in logged[max(0, end + 1 - width) : end + 1]))
+        for end in range(len(logged))
+    ]
+    return {"training": logged, f"training, mean of {width}": mean if width > 1 else [], "held out": held_out}
+
+
+def _unit(metric: str) -> str:
     return f"gain in {metric} ({METRICS[metric].unit}), 95 % interval"
 
 

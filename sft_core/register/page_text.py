@@ -17,7 +17,8 @@ th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font: 13px/1.4 ui-monospace, monospace; }
 svg { width: 100%; max-width: 760px; font-size: 12px; }
 .axis, .zero { fill: none; stroke: #999; } .zero { stroke-dasharray: 4 3; }
-.curve { fill: none; stroke: #1f5fa8; stroke-width: 1.5; }
+.curve { fill: none; stroke-width: 1.8; }
+.c0 { stroke: #b9cfe6; } polyline.c0 { stroke-width: 1; } .c1 { stroke: #1f5fa8; } .c2 { stroke: #c4640a; }
 path.good { stroke: #1b7f3b; stroke-width: 3; } circle.good { fill: #1b7f3b; }
 path.bad { stroke: #b3261e; stroke-width: 3; } circle.bad { fill: #b3261e; }
 .verdict { padding: .8em 1em; border-left: 5px solid #b3261e; background: #fbeeee; }
@@ -50,10 +51,13 @@ path.bad { stroke: #b3261e; stroke-width: 3; } circle.bad { fill: #b3261e; }
 </table>
 
 <h2>Differences on the same rows</h2>
-{{ differences }}
+{% for chart in differences %}
+{{ chart }}
+{% endfor %}
 
 <h2>Slices</h2>
 {% if verdict.slices %}
+<p>Against the {{ models[-1] }}, on parts of the held-out rows.</p>
 {{ slices }}
 <ul>
 {% for result in verdict.slices %}

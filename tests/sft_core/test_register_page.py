@@ -1,5 +1,6 @@
 """The page is whole, loads nothing, and shows what rows hold as text."""
 
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -101,7 +102,7 @@ def test_the_page_has_every_part(page: str) -> None:
         "95 % interval",
     ):
         assert words in shown
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
 
 
 def test_equal_material_gives_equal_text_and_no_answers_are_said_to_be_none(page: str) -> None:
@@ -111,7 +112,7 @@ def test_equal_material_gives_equal_text_and_no_answers_are_said_to_be_none(page
 
 def test_charts_are_xml_with_points_inside_the_frame() -> None:
     curve = ElementTree.fromstring(
-        line_chart([(x, float("nan") if x == 3 else x * x) for x in range(5000)], "<x>", "&y")
+        line_chart({"a<b": [(x, float("nan") if x == 3 else x * x) for x in range(5000)]}, "<x>", "&y")
     )
     line = curve.find("polyline")
     assert line is not None
@@ -124,4 +125,15 @@ def test_charts_are_xml_with_points_inside_the_frame() -> None:
     )
     assert [mark.attrib["class"] for mark in chart.findall("circle")] == ["good", "bad"]
     assert "a<b" in [text.text for text in chart.findall("text")]
-    assert "fewer than two" in line_chart([(1.0, 1.0)], "x", "y")
+    assert "fewer than two" in line_chart({"a": [(1.0, 1.0)]}, "x", "y")
+
+
+def test_loss_curves_are_as_logged_smoothed_and_held_out() -> None:
+    training = [{"optimizer_step": i, "loss": 2.0 + (i % 2)} for i in range(1, 301)]
+    training = [{**entry, "eval_loss": 2.25} if entry["optimizer_step"] % 50 == 0 else entry for entry in training]
+    shown = render_page(replace(material(), training=training))
+    curves = re.findall(r'<polyline class="curve (c\d)" points="([^"]+)"', shown)
+    assert [(kind, len(points.split())) for kind, points in curves] == [("c0", 300), ("c1", 300), ("c2", 6)]
+    assert "training, mean of 10" in shown
+    heights = {point.split(",")[1] for point in curves[1][1].split()[10:]}
+    assert heights == {"100.0"}  # half-way between 2 and 3: 190 and 10

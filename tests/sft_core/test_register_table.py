@@ -46,7 +46,7 @@ def test_what_rows_hold_is_text() -> None:
 
 
 def test_a_loss_that_falls_far_is_drawn_on_a_logarithmic_axis() -> None:
-    far, near = (ElementTree.fromstring(line_chart([(0, y), (1, 1.0), (2, 0.1)], "x", "y")) for y in (10.0, 2.0))
+    far, near = (ElementTree.fromstring(line_chart({"a": [(0, y), (1, 1.0), (2, 0.1)]}, "x", "y")) for y in (10.0, 2.0))
     assert "y (log scale)" in [text.text for text in far.findall("text")]
     assert "y" in [text.text for text in near.findall("text")]
     line = far.find("polyline")
