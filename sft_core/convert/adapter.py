@@ -71,7 +71,8 @@ def write_adapter(
             if not all_finite(tensor):
                 raise ModelError(f"{trained.source}: {slot.name} holds NaN or infinity; take an earlier checkpoint")
             if _side(slot.name) == "B":
-                squares += float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+                rows = torch.linalg.vector_norm(tensor.float(), dim=1)  # in fp32, a short sum each
+                squares += float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2
         if squares == 0:
             raise ModelError(
                 f"{trained.source}: every lora_B is zero, so the adapter changes nothing; was it trained at all?"

@@ -61,11 +61,13 @@ def _read_single_file(path: Path) -> TrainedTensors:
     data = read_pickle(path)
     tensors, meta = data.get("state_dict"), data.get("meta")
     if not isinstance(tensors, dict):
-        raise ModelError(f"{path}: has no state_dict; it holds {sorted(map(str, data))[:8]}")
+        raise ModelError(f"{path}: has no state_dict; it holds {str(sorted(map(str, data)))[:300]}")
     steps = meta.get("iter") if isinstance(meta, dict) else None
     wrong = [str(name)[:80] for name, tensor in tensors.items() if not isinstance(tensor, torch.Tensor)]
     if wrong:
         raise ModelError(f"{path}: state_dict holds {wrong[0]}, which is no tensor")
+    if sum(tensor.nbytes for tensor in tensors.values()) > 2 * path.stat().st_size:  # tied weights may be there twice
+        raise ModelError(f"{path}: state_dict shows the same numbers many times over, and would grow when written")
     return TrainedTensors(
         tensors={str(name): stored(tensor) for name, tensor in tensors.items()},
         layout="xtuner-pth",

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+MAX_DIMENSIONS = 64
+"""Of a tensor; torch has no more either."""
+
 
 class Refused(Exception):
     """The pickle does more than hold data, or is torn; the text says what."""
@@ -35,10 +38,12 @@ class Name:
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> torch.Tensor:
     """`torch._utils._rebuild_tensor_v2`, within its storage, without elements that are seen twice."""
+    if not isinstance(storage, Storage) or not all(isinstance(numbers, (tuple, list)) for numbers in (size, stride)):
+        raise Refused("a tensor is described by something other than a storage and numbers")
     shape, steps = tuple(size), tuple(stride)
     counts = (offset, *shape, *steps)
-    if not isinstance(storage, Storage) or not all(type(n) is int and n >= 0 for n in counts):
-        raise Refused("a tensor is described by something other than a storage and numbers")
+    if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**63 for n in counts):
+        raise Refused("a tensor is described by something other than a storage and numbers of its size")
     numel = 1
     for length in shape:
         numel *= length

@@ -7,6 +7,7 @@ read. Source of the layout: `torch/serialization.py` (`data.pkl`, `data/N`, all 
 import struct
 import zipfile
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,6 +19,8 @@ from sft_core.errors import ModelError
 
 MAX_PICKLE_BYTES = 256_000_000
 """Real ones have a few megabytes at most: the tensors' numbers are in files of their own."""
+HEADER_BYTES = 30
+"""Of a zip entry, its name aside."""
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
@@ -45,6 +48,9 @@ def _read(path: Path) -> Any:
             raise Refused("the zip file has two entries of one name")
         for entry in entries.values():
             _check_entry(entry)
+        places = sorted((entry.header_offset, entry.file_size) for entry in entries.values())
+        if any(start + HEADER_BYTES + size > after for (start, size), (after, _) in pairwise(places)):
+            raise Refused("two entries of the zip file lie over each other")
         pickles = [name for name in entries if PurePosixPath(name).name == "data.pkl"]
         if len(pickles) != 1:
             raise Refused(f"the zip file has {len(pickles)} data.pkl, a file of torch.save has one")
@@ -97,8 +103,8 @@ class _Storages:
         """Behind the local header (30 bytes, name, padding)."""
         with self.path.open("rb") as file:
             file.seek(entry.header_offset)
-            header = file.read(30)
+            header = file.read(HEADER_BYTES)
         magic, name_length, extra_length = struct.unpack("<4s22xHH", header)
         if magic != b"PK\x03\x04":
             raise Refused("a zip entry has no local header: the file is torn")
-        return entry.header_offset + 30 + int(name_length) + int(extra_length)
+        return entry.header_offset + HEADER_BYTES + int(name_length) + int(extra_length)

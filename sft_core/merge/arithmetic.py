@@ -12,11 +12,12 @@ import threading
 
 import torch
 
+from sft_core.convert.trained import all_finite
 from sft_core.errors import ModelError
 from sft_core.merge.placing import Edit
 
 CHUNK_ELEMENTS = 2**19
-"""Elements of a weight that are in work at a time: 2 MB in fp32, so that they stay in a core's cache."""
+"""Elements of a weight that are in work at a time: 2 MB in fp32, about a core's cache. Fewer cost more calls."""
 
 
 class Workspace(threading.local):
@@ -57,14 +58,12 @@ def add_rows(name: str, edit: Edit, first: int, rows: torch.Tensor, out: torch.T
         wanted = update.magnitude[first : first + len(rows)] if update.outputs == 0 else update.magnitude
         total.mul_(wanted.view(length.shape) / length)
     out.copy_(total)
-    check_finite(name, total, out)
+    check_finite(name, out)
 
 
-def check_finite(name: str, values: torch.Tensor, rounded: torch.Tensor) -> None:
-    """ModelError unless `values` are finite as `rounded` holds them. NaN fails every comparison."""
-    low, high = values.aminmax() if values.numel() else (torch.zeros(()),) * 2
-    limit = torch.finfo(rounded.dtype).max
-    if not (-limit <= low.item() and high.item() <= limit) and not bool(torch.isfinite(rounded).all()):
+def check_finite(name: str, rounded: torch.Tensor) -> None:
+    """ModelError unless all values are finite, as they will be stored."""
+    if not all_finite(rounded):
         raise ModelError(
             f"base: {name}: the merged weight overflows {rounded.dtype}; save the base as bfloat16 or float32"
         )

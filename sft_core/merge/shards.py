@@ -5,7 +5,10 @@ the order they lie there, each with file, offset, dtype and shape. `.bin` files 
 """
 
 import json
+import math
+import mmap
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +47,30 @@ class Place:
         with self.file.open("rb", buffering=0) as file:
             read_into(file.fileno(), self.offset, data)
         return data.view(self.dtype).reshape(self.shape)
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """The tensor as a matrix: (rows, columns)."""
+        return (self.shape[0], math.prod(self.shape[1:])) if self.shape else (1, 1)
+
+    def chunks(self, step: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """First row and rows, `step` at a time, mapped from the file: valid until the next, then let go."""
+        height, width = self.rows
+        start, nbytes = self.offset % mmap.PAGESIZE, self.slot("").nbytes
+        if not nbytes:
+            return
+        with self.file.open("rb") as file:
+            if os.fstat(file.fileno()).st_size < self.offset + nbytes:
+                raise ModelError(f"base: {self.file} ends within a tensor; it changed while it was read")
+            mapped = mmap.mmap(file.fileno(), start + nbytes, access=mmap.ACCESS_COPY, offset=self.offset - start)
+        rows = torch.frombuffer(mapped, dtype=self.dtype, offset=start).view(height, width)
+        let_go = 0
+        for first in range(0, height, step):
+            yield first, rows[first : first + step]
+            seen = (start + min(first + step, height) * width * self.dtype.itemsize) // mmap.PAGESIZE * mmap.PAGESIZE
+            if seen > let_go:
+                mapped.madvise(mmap.MADV_DONTNEED, let_go, seen - let_go)
+                let_go = seen
 
 
 def read_into(descriptor: int, offset: int, data: torch.Tensor) -> None:

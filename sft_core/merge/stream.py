@@ -4,13 +4,16 @@ In: a plan of edits. Out: safetensors files with their index, and how many tenso
 or left as they were. The bytes depend on the inputs alone: every tensor's place is known before the first is written.
 """
 
-import math
+import errno
 import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import astuple, dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -19,10 +22,10 @@ from sft_core.errors import ModelError
 from sft_core.merge.arithmetic import Workspace, add_rows, check_finite, needs_all_rows, rows_at_a_time
 from sft_core.merge.nf4 import round_trip
 from sft_core.merge.placing import Edit, Plan
-from sft_core.merge.shards import read_into
 
 MAX_WORKERS = 8
 """Threads, each with a tensor of its own; memory bandwidth ends what more could do."""
+NOT_BY_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,7 @@ def write_stream(plan: Plan, out: Path, max_shard_size: int | None, compute_dtyp
     jobs = [job for shard, slots in shards.items() for job in _laid_out(out / shard, slots, edits)]
     space = Workspace()
     counts = [_write_tensor(job, space, compute_dtype) for job in jobs if job.whole]
-    counts += _in_parallel(deque(job for job in jobs if not job.whole), space, compute_dtype)
+    counts += _in_parallel([job for job in jobs if not job.whole], space, compute_dtype)
     write_index(out, shards)
     count = MergeCount(*(sum(column) for column in zip(*map(astuple, counts), strict=True)))
     if count.merged + count.saved == count.swallowed:
@@ -87,33 +90,46 @@ def _laid_out(file: Path, slots: list[Slot], edits: dict[str, Edit]) -> Iterator
     os.truncate(file, offset)
 
 
-def _in_parallel(jobs: deque[_Job], space: Workspace, compute_dtype: torch.dtype) -> list[MergeCount]:
+def _in_parallel(jobs: list[_Job], space: Workspace, compute_dtype: torch.dtype) -> list[MergeCount]:
     """Do all jobs, one torch thread a worker: a chunk is too small to be worth dividing further."""
     workers = min(MAX_WORKERS, len(os.sched_getaffinity(0)))
+    files = [deque(found) for _, found in groupby(jobs, key=lambda job: job.file)]
+    untaken = deque(files)
+
+    def work() -> list[MergeCount]:
+        return [_write_tensor(job, space, compute_dtype) for job in _next_jobs(untaken, files)]
+
     with one_thread(), ThreadPoolExecutor(workers) as pool:
-        running = [pool.submit(_take_jobs, jobs, space, compute_dtype) for _ in range(workers)]
+        running = [pool.submit(work) for _ in range(workers)]
         try:
             return [count for done in running for count in done.result()]
         finally:
-            jobs.clear()  # after an error or an interrupt the others stop as well
+            for left in files:
+                left.clear()  # after an error or an interrupt the others stop as well
 
 
-def _take_jobs(jobs: deque[_Job], space: Workspace, compute_dtype: torch.dtype) -> list[MergeCount]:
-    counts: list[MergeCount] = []
+def _next_jobs(untaken: deque[deque[_Job]], files: list[deque[_Job]]) -> Iterator[_Job]:
+    """Jobs of a file that no other worker writes, as long as there is one: a file takes one write at a time."""
     while True:
         try:
-            job = jobs.popleft()
+            mine = untaken.popleft()
         except IndexError:
-            return counts
-        counts.append(_write_tensor(job, space, compute_dtype))
+            mine = max(files, key=len, default=deque())
+            if not mine:
+                return
+        with suppress(IndexError):
+            while True:
+                yield mine.popleft()
 
 
 def _write_tensor(job: _Job, space: Workspace, compute_dtype: torch.dtype) -> MergeCount:
     slot, edit = job.slot, job.edit
     changed = False
     with job.file.open("r+b", buffering=0) as file:
+        if edit.copied and _copied_by_kernel(job, file):
+            return MergeCount(total=1)
         file.seek(job.offset)
-        for first, rows in _rows(edit, space, compute_dtype):
+        for first, rows in _chunks(edit, compute_dtype):
             result = rows
             if not edit.copied:
                 result = space.take("out", tuple(rows.shape), slot.dtype)
@@ -121,8 +137,8 @@ def _write_tensor(job: _Job, space: Workspace, compute_dtype: torch.dtype) -> Me
                     add_rows(slot.name, edit, first, rows, result, space)
                 else:
                     result.copy_(rows)
-                    check_finite(slot.name, rows, result)
-                changed = changed or not torch.equal(result, rows.to(slot.dtype))
+                    check_finite(slot.name, result)
+                changed = changed or not torch.equal(result, rows.to(slot.dtype))  # -0.0 is 0.0
             view = result.reshape(-1).view(torch.uint8).numpy().data
             while len(view):
                 view = view[file.write(view) :]
@@ -135,20 +151,31 @@ def _write_tensor(job: _Job, space: Workspace, compute_dtype: torch.dtype) -> Me
     )
 
 
-def _rows(edit: Edit, space: Workspace, compute_dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
+def _copied_by_kernel(job: _Job, file: BinaryIO) -> bool:
+    """Copy the bytes without bringing them here. False where the kernel does not, between these two files."""
+    place, done = job.edit.place, 0
+    with place.file.open("rb", buffering=0) as source:
+        while done < job.slot.nbytes:
+            offsets = place.offset + done, job.offset + done
+            try:
+                count = os.copy_file_range(source.fileno(), file.fileno(), job.slot.nbytes - done, *offsets)
+            except OSError as error:
+                if error.errno in NOT_BY_KERNEL:
+                    return False
+                raise
+            if count == 0:
+                return False
+            done += count
+    return True
+
+
+def _chunks(edit: Edit, compute_dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
     """First row and rows of each chunk of the weight that the edit starts from, (rows, columns)."""
-    place = edit.place
-    height, width = (place.shape[0], math.prod(place.shape[1:])) if place.shape else (1, 1)
-    step = rows_at_a_time(edit)
-    if edit.saved is not None or edit.dequantize:
-        whole = edit.saved if edit.saved is not None else round_trip(place.read(), compute_dtype)
-        whole = whole.reshape(height, width)
-        for first in range(0, height, step):
-            yield first, whole[first : first + step]
+    place, step = edit.place, rows_at_a_time(edit)
+    if edit.saved is None and not edit.dequantize:
+        yield from place.chunks(step)
         return
-    with place.file.open("rb", buffering=0) as file:
-        for first in range(0, height, step):
-            rows = space.take("in", (min(step, height - first), width), place.dtype)
-            offset = place.offset + first * width * place.dtype.itemsize
-            read_into(file.fileno(), offset, rows.view(-1).view(torch.uint8))
-            yield first, rows
+    whole = edit.saved if edit.saved is not None else round_trip(place.read(), compute_dtype)
+    whole = whole.reshape(place.rows)
+    for first in range(0, len(whole), step):
+        yield first, whole[first : first + step]

@@ -166,6 +166,15 @@ def test_torn_and_foreign_files_are_refused(tmp_path: Path) -> None:
         convert(tmp_path / "empty", tmp_path / "out")
     with pytest.raises(ModelError, match="holds no adapter tensors"):
         convert(save_pth(tmp_path / "nothing.pth", {}), tmp_path / "out")
+    shared = {f"llm.{name.replace('.0.', f'.{i}.')}": x for i in range(99) for name, x in tiny().items()}
+    again = dict.fromkeys(shared, torch.ones(3, 99))
+    with pytest.raises(ModelError, match="the same numbers many times over"):
+        convert(save_pth(tmp_path / "grows.pth", again), tmp_path / "out")
+    within: dict[str, Any] = {"meta": {"iter": 7}}
+    within["state_dict"] = within
+    torch.save(within, tmp_path / "within.pth")
+    with pytest.raises(ModelError, match="state_dict holds meta, which is no tensor"):
+        convert(tmp_path / "within.pth", tmp_path / "out")
 
 
 # --- against the base's configuration ---

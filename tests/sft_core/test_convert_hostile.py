@@ -4,6 +4,7 @@ none of them runs. Files that would run under `pickle.load` prove first that the
 
 import builtins
 import contextlib
+import io
 import json
 import os
 import pickle
@@ -11,6 +12,7 @@ import resource
 import struct
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -85,6 +88,25 @@ def _traversal(path: Path) -> Any:
         archive.writestr("archive/../../../tmp/evil", b"x")
 
 
+def _overlapping(path: Path) -> Any:
+    """A thousand small entries could show the same gigabyte."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({}))
+        archive.writestr("archive/data/0", b"x" * 4096)
+        archive.writestr("archive/data/1", b"x" * 4096)
+        archive.filelist[2].header_offset = archive.filelist[1].header_offset + 100
+
+
+def _tar(path: Path) -> Any:
+    """Torch's format from before 0.1.10."""
+    with tarfile.open(path, "w") as archive:
+        for name in ("sys_info", "pickle", "tensors", "storages"):
+            text = pickle.dumps(Call(os.system, "touch x"))
+            entry = tarfile.TarInfo(name)
+            entry.size = len(text)
+            archive.addfile(entry, io.BytesIO(text))
+
+
 def _storage(text: bytes, path: Path, data: bytes = b"\0" * 16) -> Path:
     """A tensor of FloatStorage 0 (4 numbers), described by `text`: offset, size, stride."""
     storage = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQ"
@@ -114,6 +136,16 @@ FILES: dict[str, Callable[[Path], Any]] = {
     "list in a million lists": _bare(b"\x80\x02" + b"(" * 1_000_000 + b"l" * 1_000_000 + b"."),
     "no STOP": _bare(b"\x80\x02}"),
     "empty": _bare(b""),
+    "items of a tuple": _bare(b"\x80\x02(K\x01tK\x01K\x02s."),
+    "items of a text": _bare(b"\x80\x02X\x01\x00\x00\x00a(K\x01K\x02u."),
+    "append to a dict": _bare(b"\x80\x02}K\x01a."),
+    "state of a text": _bare(b"\x80\x02X\x01\x00\x00\x00a}b."),
+    "state of a name": _bare(b"\x80\x02cbuiltins\ngetattr\n}X\x08\x00\x00\x00__call__cos\nsystem\nsb."),
+    "name within a name": _bare(b"\x80\x04\x8c\x0bcollections\x8c\x20OrderedDict.__init__.__globals__\x93."),
+    "name under no module": _bare(b"\x80\x04\x8c\x00\x8c\x10builtins.getattr\x93."),
+    "name that is no text": _bare(b"\x80\x04K\x01K\x02\x93."),
+    "argument that is no tuple": _bare(b"\x80\x02ccollections\nOrderedDict\n]R."),
+    "storage in a list": _bare(b"\x80\x02]X\x07\x00\x00\x00storageaQ."),
     "encode that doubles": _encoded,
     "zip bomb": _inflated,
     "zip traversal": _traversal,
@@ -121,9 +153,17 @@ FILES: dict[str, Callable[[Path], Any]] = {
     "tensor outside its storage": lambda path: _storage(b"K\x02(K\x04t(K\x01t", path),
     "tensor of a negative stride": lambda path: _storage(b"K\x03(K\x04t(J\xff\xff\xff\xfft", path),
     "storage of another size": lambda path: _storage(b"K\x00(K\x04t(K\x01t", path, b"\0" * 15),
+    "tensor of 65 dimensions": lambda path: _storage(b"K\x00(" + b"K\x01" * 65 + b"t(" + b"K\x01" * 65 + b"t", path),
+    "tensor as long as a text": lambda path: _storage(b"K\x00X\x01\x00\x00\x00a(K\x01t", path),
+    "tensor of 2 to the 80": lambda path: _storage(b"K\x00(\x8a\x0b" + b"\0" * 10 + b"\x01t(K\x01t", path),
+    "tensor of a negative size": lambda path: _storage(b"K\x00(J\xff\xff\xff\xfft(K\x01t", path),
+    "tensor of a negative offset": lambda path: _storage(b"J\xff\xff\xff\xff(K\x04t(K\x01t", path),
+    "tensor that repeats one number": lambda path: _storage(b"K\x00(M\xff\xfft(K\x00t", path),
+    "entries over each other": _overlapping,
+    "safetensors": lambda path: path.write_bytes(safetensors.torch.save({"x": torch.ones(2)})),
     "legacy format": lambda path: torch.save({"state_dict": {}}, path, _use_new_zipfile_serialization=False),
     "legacy format that runs": lambda path: path.write_bytes(pickle.dumps(Call(os.system, "touch x"))),
-    "tar": lambda path: path.write_bytes(b"\0" * 10_240),
+    "tar": _tar,
 }
 
 

@@ -2,6 +2,7 @@
 DoRA, modules trained whole, a frozen base in the model file.
 """
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,3 +139,45 @@ def test_a_module_trained_whole_must_be_there(tmp_path: Path) -> None:
     lora = LoraConfig(r=3, lora_alpha=6, modules_to_save=("lm_head",))
     with pytest.raises(ModelError, match=r"modules_to_save names lm_head, which is not in it"):
         convert_checkpoint(checkpoint, tmp_path / "out", lora, "base", ConvertOptions())
+
+
+WRONG: dict[str, Any] = {
+    "text": "x",
+    "below zero": -1,
+    "fraction": 1.5,
+    "huge": 2**70,
+    "empty": [],
+    "list": ["x"],
+    "dict": {"x": "y"},
+    "sizes": {"w": (2**40, 2**40)},
+    "tensor": torch.ones(3),
+    "16-bit vectors": [torch.ones(3).half()],
+}
+FIELDS = {
+    "mp_rank_00_model_states.pt": ("param_shapes", "module", "shared_params", "buffer_names", "frozen_param_shapes"),
+    "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt": (
+        "partition_count",
+        "zero_stage",
+        "single_partition_of_fp32_groups",
+        "param_alignment_paddings",
+        "base_optimizer_state",
+    ),
+}
+HARMLESS = {"module", "buffer_names", "frozen_param_shapes", "base_optimizer_state", "param_alignment_paddings"}
+"""Fields that are of use to a check alone, or to other kinds of checkpoint."""
+
+
+@pytest.mark.parametrize("file", FIELDS)
+def test_a_field_that_deepspeed_never_wrote_is_refused(tmp_path: Path, file: str) -> None:
+    path = as_zero2(adapter(rich=False), tmp_path / "iter_4.pth") / file
+    whole = torch.load(path)
+    taken = set()
+    for field in FIELDS[file]:
+        for what, value in WRONG.items():
+            inner = whole.get("optimizer_state_dict")
+            changed = {field: value} if inner is None else {"optimizer_state_dict": {**inner, field: value}}
+            torch.save({**whole, **changed}, path)
+            with contextlib.suppress(ModelError):  # any other error fails
+                convert_checkpoint(path.parent, tmp_path / "out", LORA, "base")
+                taken.add((field, what))
+    assert {field for field, _ in taken - {("shared_params", "dict")}} <= HARMLESS
