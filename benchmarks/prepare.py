@@ -5,16 +5,15 @@ within one run, several times over, because a machine's own speed comes and goes
 
     pack      tokens a second of pack_dataset, from messages to files, over raw `tokenizers` encode_batch of its texts
     bins      seconds, fill, and evenness in squares of 1,000,000 alpaca-like lengths at 2048
-    memory    peak RSS of packing 10 N rows over that of packing N (`--memory N`; 100000 for the real thing)
     trl       the same rows through TRL's preparation (assistant-only loss, bfd), where TRL is installed; or from a
               Python that has it: `--trl-python PYTHON`
     --incremental  only this: all of preparing again with 1% more rows over preparing from nothing
+    --memory N     only this: peak RSS of fetch, normalize and pack over 10 N rows and over N (100000: the real thing)
 """
 
 import argparse
 import json
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -40,17 +39,15 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3, help="times each ratio is taken")
     parser.add_argument("--file", type=Path, help="a JSON list of alpaca rows to take in turn, instead of made ones")
     parser.add_argument("--lengths", type=int, default=1_000_000, help="lengths to pack")
-    parser.add_argument("--memory", type=int, default=0, help="rows of the smaller of two runs; 0 leaves it out")
+    parser.add_argument(
+        "--memory", type=int, default=0, help="measure only memory, at so many rows and ten times as many"
+    )
     parser.add_argument("--incremental", action="store_true", help="measure preparing again with 1%% more rows")
     parser.add_argument("--template", default=TEMPLATE, help="a shipped one, or `own`: the tokenizer's")
     parser.add_argument("--trl-python", default=sys.executable, help="a Python that has TRL")
-    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)  # conversations, tokenizer, out: in a child process
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     template = None if options.template == "own" else options.template
-    if options.peak:
-        print(json.dumps(peak_of(*map(Path, options.peak), template)))
-        return
     with tempfile.TemporaryDirectory(prefix="sft-prepare-") as name:
         folder = Path(name)
         tokenizer = MINIMIND if MINIMIND.is_dir() else trained_tokenizer(folder / "tokenizer")
@@ -59,50 +56,64 @@ def main() -> None:
 
             measure_incremental(folder, tokenizer, template, islice(made_rows(seed=0), 2 * options.rows), options.rows)
             return
+        if options.memory:
+            from prepare_incremental import line
+            from prepare_memory import measure_memory
+
+            measure_memory(folder, tokenizer, template, (line(*pair) for pair in made_rows(seed=0)), options.memory)
+            return
         print(f"tokenizer {tokenizer.name}, template {options.template}, {options.rows} rows")
         conversations = write_conversations(folder / "rows", options.rows, options.file)
         from prepare_bins import measure_bins
 
-        raw = measure_pack(conversations, tokenizer, template, options.repeat)
+        measure_pack(conversations, tokenizer, template, options.repeat)
         measure_bins(options.lengths)
-        if options.memory:
-            measure_memory(folder, tokenizer, options)
-        measure_trl(folder, conversations, tokenizer, options.trl_python, raw)
+        measure_trl(folder, conversations, tokenizer, options)
 
 
-def measure_pack(conversations: Path, tokenizer: Path, template: str | None, repeat: int) -> float:
-    """pack_dataset against encode_batch, by turns; tokens a second of the latter."""
+def measure_pack(conversations: Path, tokenizer: Path, template: str | None, repeat: int) -> None:
+    """pack_dataset against encode_batch, by turns: raw, ours, raw."""
     from transformers import AutoTokenizer
 
-    from sft_core.pack import load_chat_template, pack_dataset
+    from sft_core.pack import load_chat_template
     from sft_core.pack.rendering import render_conversation
-    from sft_core.recipe import PackConfig
 
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     text = load_chat_template(template, loaded)
     texts = [r.text for messages in read_messages(conversations) for r in render_conversation(messages, loaded, text)]
-    backend = loaded.backend_tokenizer
     figures = []
     for turn in range(repeat + 1):
-        started = clocks()
-        tokens = 0
-        for start in range(0, len(texts), 1000):
-            tokens += sum(map(len, backend.encode_batch(texts[start : start + 1000], add_special_tokens=False)))
-        raw = clocks() - started
-        with tempfile.TemporaryDirectory() as out:
-            started = clocks()
-            outcome = pack_dataset(conversations, tokenizer, PackConfig(chat_template=template), 42, Path(out))
-            ours = clocks() - started
-        assert outcome.ledger["tokens"]["in"] == tokens, (outcome.ledger["tokens"], tokens)
+        tokens, before = encode_raw(loaded.backend_tokenizer, texts)
+        packed, ours = pack_once(conversations, tokenizer, template)
+        assert packed == tokens, (packed, tokens)
+        raw = (before + encode_raw(loaded.backend_tokenizer, texts)[1]) / 2
         wall, cpu = raw / ours
         print(
             f"  raw {tokens / raw[0]:12,.0f} pack {tokens / ours[0]:12,.0f} tokens/s: {wall:.3f} of raw, CPU {cpu:.3f}"
         )
         if turn:  # the first warms caches
-            figures.append((wall, cpu, tokens / raw[0]))
-    wall, cpu, speed = map(statistics.median, zip(*figures, strict=True))
+            figures.append((wall, cpu))
+    wall, cpu = map(statistics.median, zip(*figures, strict=True))
     print(f"pack    {wall:.3f} of raw encode_batch (target 0.8), {cpu:.3f} by CPU")
-    return speed
+
+
+def pack_once(conversations: Path, tokenizer: Path, template: str | None) -> tuple[int, Any]:
+    """Tokens that pack_dataset writes, and what it took."""
+    from sft_core.pack import pack_dataset
+    from sft_core.recipe import PackConfig
+
+    with tempfile.TemporaryDirectory() as out:
+        started = clocks()
+        outcome = pack_dataset(conversations, tokenizer, PackConfig(chat_template=template), 42, Path(out))
+        return outcome.ledger["tokens"]["in"], clocks() - started
+
+
+def encode_raw(backend: Any, texts: list[str]) -> tuple[int, Any]:
+    """Tokens that encode_batch makes of the texts, a thousand at a time, and what it took."""
+    started, tokens = clocks(), 0
+    for start in range(0, len(texts), 1000):
+        tokens += sum(map(len, backend.encode_batch(texts[start : start + 1000], add_special_tokens=False)))
+    return tokens, clocks() - started
 
 
 def clocks() -> Any:
@@ -112,52 +123,35 @@ def clocks() -> Any:
     return np.array([time.perf_counter(), time.process_time()])
 
 
-def measure_memory(folder: Path, tokenizer: Path, options: argparse.Namespace) -> None:
-    """Peak resident memory of two sizes, each in a process of its own."""
-    peaks = []
-    for count in (options.memory, 10 * options.memory):
-        conversations = write_conversations(folder / f"rows-{count}", count, options.file)
-        command = [sys.executable, __file__, "--template", options.template, "--peak", str(conversations)]
-        command += [str(tokenizer), str(folder / f"out-{count}")]
-        child = subprocess.run(command, check=True, capture_output=True, text=True)
-        peaks.append(json.loads(child.stdout.splitlines()[-1]))
-        print(f"  {count} rows: peak {peaks[-1]['peak_mb']:.0f} MB")
-    print(f"memory  {peaks[1]['peak_mb'] / peaks[0]['peak_mb']:.3f} times for 10 times the rows (target 1.2)")
-
-
-def peak_of(conversations: Path, tokenizer: Path, out: Path, template: str | None) -> dict[str, float]:
-    """Pack, and say what it took at most."""
-    from sft_core.pack import pack_dataset
-    from sft_core.recipe import PackConfig
-
-    pack_dataset(conversations, tokenizer, PackConfig(chat_template=template), 42, out)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"peak_mb": peak}
-
-
-def measure_trl(folder: Path, conversations: Path, tokenizer: Path, python: str, raw: float) -> None:
-    """The same messages through TRL, on all cores, if that Python has it."""
-    if subprocess.run([python, "-c", "import trl"], check=False, capture_output=True).returncode:
-        print(f"trl     not installed in {python}")
+def measure_trl(folder: Path, conversations: Path, tokenizer: Path, options: argparse.Namespace) -> None:
+    """The same messages through TRL, on all cores, if that Python has it, and through pack_dataset, by turns."""
+    if subprocess.run([options.trl_python, "-c", "import trl"], check=False, capture_output=True).returncode:
+        print(f"trl     not installed in {options.trl_python}")
         return
-    (folder / "messages.jsonl").write_text(
-        "".join(json.dumps({"messages": messages}) + "\n" for messages in read_messages(conversations))
+    import numpy as np
+
+    rows = folder / "messages.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"messages": messages}) + "\n" for messages in read_messages(conversations)), "utf-8"
     )
-    command = [
-        python,
-        str(Path(__file__).with_name("prepare_trl.py")),
-        str(folder / "messages.jsonl"),
-        str(tokenizer),
-        str(folder / "trl"),
-    ]
-    command.append(str(ROOT / "sft_core" / "pack" / "templates" / f"{TEMPLATE}.jinja"))
-    child = subprocess.run(command, check=False, capture_output=True, text=True)
-    if child.returncode:
-        print(f"trl     failed: {child.stderr.strip().splitlines()[-1]}")
-        return
-    figures = json.loads(child.stdout.splitlines()[-1])
-    speed = figures["tokens"] / figures["seconds"]
-    print(f"trl     {speed:,.0f} tokens/s, {speed / raw:.3f} of raw encode_batch (TRL {figures['version']})")
+    template = ROOT / "sft_core" / "pack" / "templates" / f"{TEMPLATE}.jinja"
+    figures = []
+    for turn in range(options.repeat):
+        script = [options.trl_python, str(Path(__file__).with_name("prepare_trl.py"))]
+        command = [*script, str(rows), str(tokenizer), str(folder / f"trl-{turn}"), str(template)]
+        child = subprocess.run(command, check=False, capture_output=True, text=True)
+        if child.returncode:
+            print(f"trl     failed: {child.stderr.strip().splitlines()[-1]}")
+            return
+        theirs = json.loads(child.stdout.splitlines()[-1])
+        tokens, ours = pack_once(conversations, tokenizer, TEMPLATE)
+        speed = theirs["tokens"] / theirs["seconds"]
+        wall, cpu = tokens / ours / (theirs["tokens"] / np.array([theirs["seconds"], theirs["cpu_seconds"]]))
+        lost = 1 - theirs["tokens"] / tokens
+        print(f"  TRL {speed:,.0f} tokens/s, {lost:.2%} of the tokens lost; pack {wall:.2f} times, {cpu:.2f} by CPU")
+        figures.append((wall, cpu))
+    wall, cpu = map(statistics.median, zip(*figures, strict=True))
+    print(f"trl     {wall:.2f} times TRL {theirs['version']} (target 2.4), {cpu:.2f} by CPU")
 
 
 def write_conversations(folder: Path, count: int, file: Path | None) -> Path:

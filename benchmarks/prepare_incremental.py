@@ -19,8 +19,8 @@ def measure_incremental(
 ) -> None:
     """Print seconds a step, and the ratio of each change to the whole."""
     taken = iter(rows)
-    old = [_line(*pair) for pair in islice(taken, count)]
-    new = [_line(*pair) for pair in islice(taken, max(1, round(count * FRACTION)))]
+    old = [line(*pair) for pair in islice(taken, count)]
+    new = [line(*pair) for pair in islice(taken, max(1, round(count * FRACTION)))]
     middle = count // 2
     warm = _prepare(folder / "warm", old[:2000], tokenizer, template, None)  # imports, caches
     del warm
@@ -31,7 +31,8 @@ def measure_incremental(
         _say(name, again, whole)
 
 
-def _line(question: str, answer: str) -> str:
+def line(question: str, answer: str) -> str:
+    """An alpaca row as a line of JSON."""
     return json.dumps({"instruction": question, "input": "", "output": answer}, ensure_ascii=False) + "\n"
 
 
