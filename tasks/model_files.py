@@ -7,6 +7,7 @@ uploaded file by file, never loaded; the description (`MLmodel`) comes last, so 
 import shutil
 import tempfile
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -14,11 +15,13 @@ from typing import Any
 
 import mlflow
 from huggingface_hub import ModelCard
-from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
+from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
 from sft_core.artifacts import Artifact
 from sft_core.store import Store
+from tasks import served_chat
 from tasks.registry import MERGED
 from tasks.tracking import client
 
@@ -27,6 +30,8 @@ WEIGHTS = (".safetensors", ".bin")
 MODEL, DESCRIPTION = "model", "MLmodel"
 """Folder of the model's files in the logged model; MLflow's file that says how to load it."""
 INPUT_EXAMPLE = {"messages": [{"role": "user", "content": "Hello."}], "max_tokens": 32}
+LOADER = "sft_served_chat"
+"""Name of `tasks/served_chat.py` in a logged model."""
 COPY = "models:/"
 """Start of a source that is a copy of this project's."""
 
@@ -54,6 +59,17 @@ def log_folder(folder: ModelFolder, run_id: str) -> str:
         return f"{COPY}{found[0].model_id}"
     tags = {MERGED: folder.fingerprint}
     created = client().create_logged_model(experiment_id, name=MODEL, source_run_id=run_id, tags=tags)
+    try:
+        _upload(folder, created, run_id)
+    except BaseException:
+        with suppress(MlflowException):  # what is half there is no model: `mlflow gc` may have it
+            client().delete_logged_model(created.model_id)
+        raise
+    return f"{COPY}{created.model_id}"
+
+
+def _upload(folder: ModelFolder, created: LoggedModel, run_id: str) -> None:
+    """Weights first, the description last."""
     for path in sorted(folder.path.rglob("*")):
         if path.suffix in WEIGHTS:
             below = path.parent.relative_to(folder.path).as_posix()
@@ -68,7 +84,6 @@ def log_folder(folder: ModelFolder, run_id: str) -> str:
         client().log_model_artifacts(created.model_id, str(_describe(folder, described, Path(scratch))))
     client().finalize_logged_model(created.model_id, LoggedModelStatus.READY)
     client().log_outputs(run_id, [LoggedModelOutput(created.model_id, step=0)])
-    return f"{COPY}{created.model_id}"
 
 
 def refer_to(folder: ModelFolder, store: Store, artifact: Artifact) -> str:
@@ -99,7 +114,7 @@ def _describe(folder: ModelFolder, described: Any, scratch: Path) -> Path:
     """Write everything but the weights, as MLflow lays a model out."""
     light, out = scratch / folder.name, scratch / "out"
     shutil.copytree(folder.path, light, ignore=shutil.ignore_patterns(*(f"*{suffix}" for suffix in WEIGHTS)))
-    readme = light / "README.md"
+    readme, loader = light / "README.md", shutil.copyfile(served_chat.__file__, scratch / f"{LOADER}.py")
     mlflow.transformers.save_model(
         str(light),
         str(out),
@@ -107,11 +122,13 @@ def _describe(folder: ModelFolder, described: Any, scratch: Path) -> Path:
         task="llm/v1/chat",
         model_card=ModelCard(readme.read_text("utf-8") if readme.is_file() else folder.name),  # else asked of the hub
         input_example=INPUT_EXAMPLE,
+        code_paths=[str(loader)],
         # The template writes every special token: the pipeline's tokenizer must not add a second BOS to its text.
         model_config={"add_special_tokens": False, "max_new_tokens": folder.max_new_tokens},
         pip_requirements=[f"{package}=={installed(package).partition('+')[0]}" for package in SERVING_REQUIREMENTS],
     )
     (out / "LICENSE.txt").unlink(missing_ok=True)  # says only that none was found at the scratch folder's path
+    described.flavors["python_function"]["loader_module"] = LOADER
     described.flavors["transformers"]["source_model_name"] = folder.name  # not a path of this machine
     described.model_size_bytes = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
     described.save(str(out / "MLmodel"))

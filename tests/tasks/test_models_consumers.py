@@ -15,6 +15,7 @@ from typing import Any
 
 import mlflow
 import pytest
+import torch
 from mlflow.tracking import MlflowClient
 from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -70,12 +71,14 @@ def trained_ids(merged: Path) -> list[int]:
     return list(sequence.input_ids[: next(i for i, label in enumerate(sequence.labels) if label != IGNORE_INDEX)])
 
 
-def record(network: Any, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Prompts that reach the network, id by id."""
+def record(network: Any, monkeypatch: pytest.MonkeyPatch, told: list[dict[str, Any]] | None = None) -> list[list[int]]:
+    """Prompts that reach the network, id by id; `told`: with which options."""
     seen: list[list[int]] = []
     generate = network.generate
 
     def recording(*arguments: Any, **options: Any) -> Any:
+        if told is not None:
+            told.append(options)
         ids = options["input_ids"] if "input_ids" in options else arguments[0]
         seen.append(ids[0].tolist())
         return generate(*arguments, **options)
@@ -107,6 +110,23 @@ def test_pyfunc(client: MlflowClient, trained_ids: list[int], monkeypatch: pytes
     assert answer["model"] == "served"
     assert loaded.metadata.signature is not None
     assert loaded.input_example["messages"]
+
+
+def test_answers_are_greedy_as_judged_unless_a_temperature_is_named(
+    client: MlflowClient, merged: Path, trained_ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, told = mlflow.pyfunc.load_model(URI), list[dict[str, Any]]()
+    network = AutoModelForCausalLM.from_pretrained(merged)
+    greedy = network.generate(torch.tensor([trained_ids]), max_new_tokens=5, do_sample=False)[0, len(trained_ids) :]
+    expected = AutoTokenizer.from_pretrained(merged).decode(greedy, skip_special_tokens=True)
+    seen = record(loaded.get_raw_model().model, monkeypatch, told)
+    for options in ({}, {"temperature": 0.0}, {"temperature": 0.5}):
+        (answer,) = loaded.predict({"messages": QUESTION, "max_tokens": 5, **options})
+        if options.get("temperature", 0.0) == 0.0:
+            assert answer["choices"][0]["message"]["content"].strip() == expected.strip()
+    assert seen == [trained_ids] * 3
+    assert [options["do_sample"] for options in told] == [False, False, True], told
+    assert told[2]["temperature"] == 0.5
 
 
 def test_sft_chat(client: MlflowClient, trained_ids: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
