@@ -19,6 +19,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -196,6 +197,7 @@ def build_shards(
     """Take or make the shard of every job, in order. `work` is a function that another process can import."""
     missing = [job for job in jobs if not writer.holds(job.key)]
     made: Iterator[Made] = iter(mapper(work, [job.argument for job in missing]))
+    made = chain(list(islice(made, 1)), made)  # begun: other threads or processes work while shards are taken
     wanted = {id(job) for job in missing}
     for job in jobs:
         if id(job) in wanted:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from sft_core.artifacts import Outcome
 from sft_core.errors import DataError
@@ -142,7 +143,7 @@ def _write_quarantine(out: Path, writer: ShardWriter) -> None:
 def _write_bins(out: Path, settings: PackedSettings) -> dict[str, Any]:
     """Write epoch 0's bins with the settings beside them; figures of that epoch."""
     shards = sorted(out.glob(SEQUENCE_FILES))
-    lengths = np.concatenate([pq.read_table(shard, columns=["length"])["length"].to_numpy() for shard in shards])
+    lengths = np.concatenate([_lengths(shard) for shard in shards])
     weights, limit = read_weights(out), settings.max_length
     rows = epoch_rows(lengths, limit, settings.packing, settings.seed, 0, weights)
     cuts = {} if rows.first is None else {"first": rows.first, "last": rows.last}
@@ -162,6 +163,12 @@ def _write_bins(out: Path, settings: PackedSettings) -> dict[str, Any]:
         "fill": round(tokens / (packed_rows * limit), 6),
         "longest": int(lengths.max()),
     }
+
+
+def _lengths(shard: Path) -> NDArray[np.int32]:
+    with pq.ParquetFile(shard) as file:  # `read_table` takes four times as long, mostly to set out
+        lengths: NDArray[np.int32] = file.read(["length"], use_threads=False)["length"].to_numpy()
+        return lengths
 
 
 def _figures(tally: Tally) -> dict[str, int]:
