@@ -57,7 +57,7 @@ class TrainConfig(Section):
     """Compute dtype; what is trained is kept in float32 besides."""
     num_train_epochs: Annotated[float, Field(gt=0)] = 3
     """Epochs; each packs its rows anew."""
-    max_steps: int | None = None
+    max_steps: Positive | None = None
     """Optimizer steps; null for as many as the epochs need."""
     per_device_train_batch_size: Positive = 1
     """Packed rows a device."""

@@ -15,12 +15,13 @@ from sft_core.artifacts import Outcome
 from sft_core.errors import TrainError
 from sft_core.recipe import TrainConfig
 from sft_core.train.best import best_checkpoint, best_in
-from sft_core.train.checkpoints import check_world_size, newest_complete, step_of
+from sft_core.train.checkpoints import newest_complete, step_of
 from sft_core.train.launch import run_training
 from sft_core.train.launchers import ONE_MACHINE, Launch
 from sft_core.train.limits import check_training
 from sft_core.train.metrics import read_metrics
 from sft_core.train.spec import SAMPLES, TrainSpec
+from sft_core.train.world_size import RESIZED, going_on, note_of
 
 STEP_VERSION = 4
 
@@ -48,8 +49,11 @@ def train_adapter(
     for note in check_training(config, num_processes, cuda=bool(_num_gpus())):
         on_line(note)
     newest = newest_complete(work)
+    resize = False
     if newest is not None:
-        check_world_size(newest, num_processes)
+        config, resize = going_on(newest, config, num_processes)
+        if resize:
+            on_line(note_of(newest, config, num_processes))
     spec = TrainSpec(
         packed=str(inputs.packed.resolve()),
         base_model=str(inputs.base_model),
@@ -59,9 +63,11 @@ def train_adapter(
         checkpoints=str(work),
         metrics=str(work / "metrics.jsonl"),
         conversations=str(inputs.conversations) if inputs.conversations else None,
+        resize=resize,
     )
     spec.write(work / "spec.json")
     run_training(work / "spec.json", num_processes, work / "train.log", on_line, inputs.launch)
+    shutil.rmtree(work / RESIZED, ignore_errors=True)
     checkpoint = newest_complete(work)
     metrics = read_metrics(work / "metrics.jsonl")
     if checkpoint is None or not metrics:
@@ -69,7 +75,7 @@ def train_adapter(
     best = best_in(checkpoint)
     if config.load_best_model_at_end:
         checkpoint = best_checkpoint(checkpoint)
-    _copy_result(checkpoint, work, out)
+    copy_result(checkpoint, work, out)
     first, last = metrics[0], metrics[-1]
     seconds = (last["time"] - first["time"]) / 1000
     steps = last["optimizer_step"] - first["optimizer_step"]
@@ -85,7 +91,8 @@ def train_adapter(
     )
 
 
-def _copy_result(checkpoint: Path, work: Path, out: Path) -> None:
+def copy_result(checkpoint: Path, work: Path, out: Path) -> None:
+    """Make the artifact of `checkpoint` and the run's logs."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         shutil.copytree(checkpoint, out / "checkpoint")

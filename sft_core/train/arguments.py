@@ -34,7 +34,7 @@ def training_arguments(spec: TrainSpec, max_steps: int) -> TrainingArguments:
         neftune_noise_alpha=config.neftune_noise_alpha,
         gradient_checkpointing=config.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
-        deepspeed=_without_pinning(deepspeed_config(config)) if not cuda else deepspeed_config(config),
+        deepspeed=_deepspeed(spec, cuda),
         use_cpu=not cuda,
         seed=spec.seed,
         data_seed=spec.seed,
@@ -53,9 +53,14 @@ def training_arguments(spec: TrainSpec, max_steps: int) -> TrainingArguments:
     )
 
 
-def _without_pinning(config: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Pinned memory is a GPU's."""
-    for section in (config or {}).get("zero_optimization", {}).values():
+def _deepspeed(spec: TrainSpec, cuda: bool) -> dict[str, Any] | None:
+    """The recipe's, told which form of checkpoint to begin from. Pinned memory is a GPU's."""
+    config = deepspeed_config(spec.config)
+    if config is None:
+        return None
+    if spec.resize:
+        config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
+    for section in config.get("zero_optimization", {}).values() if not cuda else ():
         if isinstance(section, dict) and "pin_memory" in section:
             section["pin_memory"] = False
     return config

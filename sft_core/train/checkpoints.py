@@ -11,8 +11,6 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sft_core.errors import TrainError
-
 COMPLETE = "complete"
 """The mark's file, written last into a checkpoint."""
 
@@ -28,21 +26,23 @@ class Counts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:
-    """What `complete` holds. `files`: size in bytes by path in the checkpoint."""
+    """What `complete` holds. `files`: size in bytes by path in the checkpoint. `micro_batches`: of an optimizer step,
+    all ranks together; 0 where it was not noted yet."""
 
     world_size: int
     counts: Counts
     files: dict[str, int]
+    micro_batches: int = 0
 
 
-def mark_complete(checkpoint: Path, world_size: int, counts: Counts) -> None:
+def mark_complete(checkpoint: Path, world_size: int, counts: Counts, micro_batches: int = 0) -> None:
     """Say that every byte of `checkpoint` is there."""
     files = {}
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         with path.open("rb") as file:
             os.fsync(file.fileno())
         files[path.relative_to(checkpoint).as_posix()] = path.stat().st_size
-    mark = Mark(world_size=world_size, counts=counts, files=files)
+    mark = Mark(world_size=world_size, counts=counts, files=files, micro_batches=micro_batches)
     part = checkpoint / f"{COMPLETE}.part"
     with part.open("w", encoding="utf-8") as file:
         json.dump(asdict(mark), file, indent=1)
@@ -55,7 +55,9 @@ def read_mark(checkpoint: Path) -> Mark | None:
     """The mark, or None if the checkpoint is torn: no mark, half a mark, or files that are not of the size it says."""
     try:
         value = json.loads((checkpoint / COMPLETE).read_text("utf-8"))
-        mark = Mark(world_size=int(value["world_size"]), counts=Counts(**value["counts"]), files=dict(value["files"]))
+        counts, files = Counts(**value["counts"]), dict(value["files"])
+        micro_batches = int(value.get("micro_batches", 0))
+        mark = Mark(world_size=int(value["world_size"]), counts=counts, files=files, micro_batches=micro_batches)
         whole = all((checkpoint / name).stat().st_size == size for name, size in mark.files.items())
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -88,16 +90,10 @@ def keep_newest(folder: Path, number: int, also: int | None = None) -> None:
         shutil.rmtree(checkpoint)
 
 
-def check_world_size(checkpoint: Path, world_size: int) -> Counts:
-    """What was counted up to `checkpoint`. TrainError if another number of ranks wrote it."""
+def counts_of(checkpoint: Path) -> Counts:
+    """What was counted up to `checkpoint`, which is complete."""
     mark = read_mark(checkpoint)
     assert mark is not None, "only complete checkpoints come here"
-    if mark.world_size != world_size:
-        raise TrainError(
-            f"{checkpoint} was written by {mark.world_size} ranks, this run has {world_size}: each rank's part of the "
-            "optimizer's state and of the random numbers would not fit, and the run would end otherwise. Set "
-            f"train.num_processes: {mark.world_size}, or delete {checkpoint.parent} to begin anew"
-        )
     return mark.counts
 
 

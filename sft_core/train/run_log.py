@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from sft_core.train.best import best_of
-from sft_core.train.checkpoints import check_world_size, keep_newest, mark_complete, step_of
+from sft_core.train.checkpoints import counts_of, keep_newest, mark_complete, step_of
 from sft_core.train.isolation import check_isolation
 from sft_core.train.metrics import append_metrics, memory_bytes, progress_line, rewind_metrics
 from sft_core.train.spec import SAMPLES, TrainSpec
@@ -25,10 +25,10 @@ class RunLog(TrainerCallback):
         self._clock = self._began = time.monotonic()
         self._tokens_at_clock = self._began_at = 0
 
-    def start(self, resumed_from: Path | None, world_size: int, speaks: bool) -> None:
+    def start(self, resumed_from: Path | None, speaks: bool) -> None:
         """Go on counting where `resumed_from` ended, and forget log lines of steps that will be done again."""
         if resumed_from is not None:
-            self.trainer.counts = check_world_size(resumed_from, world_size)
+            self.trainer.counts = counts_of(resumed_from)
         self._tokens_at_clock = self.trainer.counts.tokens
         if speaks:
             if resumed_from is not None:
@@ -84,6 +84,9 @@ class RunLog(TrainerCallback):
             torch.distributed.barrier()
         if state.is_world_process_zero:
             folder = Path(args.output_dir)
-            mark_complete(folder / f"checkpoint-{state.global_step}", args.world_size, self.trainer.counts)
+            config = self._spec.config
+            micro_batches = args.world_size // config.sequence_parallel_size * config.gradient_accumulation_steps
+            checkpoint = folder / f"checkpoint-{state.global_step}"
+            mark_complete(checkpoint, args.world_size, self.trainer.counts, micro_batches)
             best = best_of(state.log_history) if self._spec.config.load_best_model_at_end else None
             keep_newest(folder, self._spec.config.save_total_limit, best.optimizer_step if best else None)

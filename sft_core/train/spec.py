@@ -24,6 +24,8 @@ class TrainSpec:
     metrics: str
     conversations: str | None = None
     """Folder that tells where a row comes from."""
+    resize: bool = False
+    """Whether the newest checkpoint was written by another number of ranks."""
 
     @property
     def config(self) -> TrainConfig:

@@ -28,6 +28,7 @@ PR_SET_PDEATHSIG = 1
 def main(spec_path: str, ddp_timeout: float) -> int:
     """Train to the end, or to a SIGTERM. Ranks wait for one another for `ddp_timeout` seconds at most."""
     _die_with_parent(spec_path)
+    sys.modules["mlflow"] = None  # type: ignore[assignment]  # DeepSpeed would import it: seconds, and for nothing
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which asks for a stop
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from sft_core.errors import SftError  # after the environment is set
@@ -69,7 +70,6 @@ def run(spec: Any, heart: Any, ddp_timeout: float) -> int:
     from sft_core.train.arguments import training_arguments
     from sft_core.train.attention import use_packed_attention
     from sft_core.train.best import stopped_early
-    from sft_core.train.checkpoints import newest_complete
     from sft_core.train.evaluation import open_evaluation
     from sft_core.train.loss import choose_loss
     from sft_core.train.model import load_trainable
@@ -106,16 +106,39 @@ def run(spec: Any, heart: Any, ddp_timeout: float) -> int:
         loss_way,
     )
     trainer.across = across_ranks(config.sequence_parallel_size)
-    with arguments.main_process_first(local=False):  # it deletes torn checkpoints, of all machines
-        resume = newest_complete(Path(spec.checkpoints))
-    log.start(resume, arguments.world_size, speaks=arguments.process_index == 0)
+    resume = _newest_checkpoint(spec, arguments)
+    log.start(resume, speaks=arguments.process_index == 0)
     if resume and stopped_early(resume, config.early_stopping_patience):
         return 0
     if config.eval_steps is not None:
         trainer.add_callback(open_evaluation(spec, trainer, packed, max_steps))
     trainer.add_callback(pulse)  # last: it looks at what the others ask for
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.train(resume_from_checkpoint=_begin_at(resume, spec))
     return EXIT_STOPPED if stop.asked and trainer.state.global_step < max_steps else 0
+
+
+def _newest_checkpoint(spec: Any, arguments: Any) -> Path | None:
+    """Rank 0 deletes torn ones, of all machines, and makes what another number of ranks begins from."""
+    from sft_core.train.checkpoints import newest_complete
+    from sft_core.train.world_size import resize
+
+    with arguments.main_process_first(local=False):
+        newest = newest_complete(Path(spec.checkpoints))
+        if newest and spec.resize and arguments.process_index == 0:
+            resize(newest)
+    return newest
+
+
+def _begin_at(newest: Path | None, spec: Any) -> str | None:
+    import transformers
+
+    from sft_core.train.checkpoints import step_of
+    from sft_core.train.world_size import resized
+
+    if newest is None or not spec.resize:
+        return str(newest) if newest else None
+    transformers.set_seed(spec.seed + step_of(newest))  # the numbers that were saved are other ranks'
+    return str(resized(newest))
 
 
 class _StopFlag:

@@ -36,6 +36,11 @@ def test_every_wrong_key_is_named_with_its_place_and_the_nearest_name() -> None:
     ("change", "words"),
     [
         ({"train": {"learning_rate": -1}}, "train.learning_rate: Input should be greater than 0 (value -1)"),
+        (
+            {"train": {"learning_rate": float("inf")}},
+            "train.learning_rate: Input should be a finite number (value inf)",
+        ),
+        ({"train": {"max_steps": -1}}, "train.max_steps: Input should be greater than 0 (value -1)"),
         ({"eval_fraction": 0}, "nothing would be held out"),
         ({"datasets": []}, "datasets is empty"),
         ({"train": {"lora": None}}, "set quantization: none"),
