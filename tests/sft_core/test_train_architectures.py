@@ -113,7 +113,7 @@ def trained(request: pytest.FixtureRequest, packed: Path, tiny_model: Path, tmp_
     log = RunLog(spec, STEPS, NeverStopped(), packs=True)
     arguments, watch = training_arguments(spec, STEPS), StepWatch(rows, stream, None)
     trainer = PackedTrainer(model, arguments, stream, watch, log, choose_loss(model)[0])
-    log.start(None, 1, speaks=False)
+    log.start(None, speaks=False)
     trainer.train()
     shutil.copytree(base, tmp_path / "published")  # as it was, should anything write to the base
     return Trained(trainer.model, section, tmp_path / "published", tmp_path / "work" / f"checkpoint-{STEPS}")

@@ -24,7 +24,7 @@ from sft_core.shards import read_shard_list
 from sft_core.train.checkpoints import newest_complete
 from sft_core.train.stream import PackedStream
 from sft_core.train.watch import MOST_OVERFLOWS, StepWatch, sources_of
-from tests.sft_core.train_runs import config, make_packed, train
+from tests.sft_core.train_runs import config, make_packed, train, train_here
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_a_nan_loss_names_its_rows_and_saves_nothing(
     packed: Path = request.getfixturevalue(folder)
     section = config(max_steps=None, num_train_epochs=1, gradient_accumulation_steps=1, save_steps=1, **changes)
     with pytest.raises(TrainError, match=r"optimizer step \d+: loss is nan; nothing useful") as fault:
-        train(packed, poisoned, tmp_path, section)
+        (train if section.num_processes else train_here)(packed, poisoned, tmp_path, section)
     message = str(fault.value)
     bad = int(message.removeprefix("optimizer step ").partition(":")[0])
     dataset = load_packed(packed)

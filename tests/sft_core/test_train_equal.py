@@ -1,7 +1,9 @@
 """Whatever trains the same rows the same way trains the same weights: every step's loss and the weights at the end."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,29 +11,61 @@ from transformers import Trainer, TrainingArguments, get_cosine_schedule_with_wa
 
 from sft_core.recipe import TrainConfig
 from sft_core.train.arguments import training_arguments
+from sft_core.train.checkpoints import read_mark
 from sft_core.train.metrics import read_metrics
 from sft_core.train.spec import TrainSpec
-from tests.sft_core.train_runs import assert_same_run, config, losses, make_packed, train, weights
+from sft_core.train.world_size import RESIZED
+from tests.sft_core.train_runs import assert_same_run, config, losses, make_packed, train, train_here, weights
 
 SAME = {
-    "micro-batches": config(per_device_train_batch_size=4, gradient_accumulation_steps=1),
     "two ranks": config(num_processes=2, gradient_accumulation_steps=2),
-    "checkpointing": config(gradient_checkpointing=True),
     "zero1": config(deepspeed="zero1"),
     "zero2": config(deepspeed="deepspeed_zero2"),
     "zero3": config(deepspeed="zero3"),
-    "two ranks, zero2": config(num_processes=2, gradient_accumulation_steps=2, deepspeed="zero2"),
     "two ranks, zero3": config(num_processes=2, gradient_accumulation_steps=2, deepspeed="zero3"),
     "zero2_offload": config(deepspeed="zero2_offload"),
     "zero3_offload": config(deepspeed="zero3_offload"),
 }
+SPLITS: dict[str, dict[str, Any]] = {
+    "micro-batches": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
+    "pairs": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "checkpointing": {"gradient_checkpointing": True},
+}
+TWO_RANKS_ZERO2 = config(
+    num_processes=2, gradient_accumulation_steps=2, deepspeed="zero2", save_steps=2, save_total_limit=9
+)
 FULL = config(lora=None, max_steps=3)
 
 
 @pytest.fixture(scope="module")
 def plain(packed: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that all others must equal: one rank, no DeepSpeed, micro-batches of one row."""
-    return train(packed, tiny_model, tmp_path_factory.mktemp("plain"), config())
+    return train_here(packed, tiny_model, tmp_path_factory.mktemp("plain"), config(save_steps=2, save_total_limit=9))
+
+
+@pytest.fixture(scope="module")
+def plain_qlora(packed: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same on a 4-bit base."""
+    return train_here(packed, tiny_model, tmp_path_factory.mktemp("nf4"), config(quantization="nf4"))
+
+
+@pytest.fixture(scope="module")
+def plain_full(packed: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All weights, one rank, no DeepSpeed."""
+    return train_here(packed, tiny_model, tmp_path_factory.mktemp("full"), FULL)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(packed: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks under ZeRO-2, with its checkpoints."""
+    return train(packed, tiny_model, tmp_path_factory.mktemp("two"), TWO_RANKS_ZERO2)
+
+
+@pytest.mark.slow
+def test_a_rank_s_work_is_the_same_in_this_process_and_in_its_own(
+    plain: Path, packed: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    assert_same_run(train(packed, tiny_model, tmp_path, config()), plain)
 
 
 @pytest.mark.slow
@@ -43,14 +77,55 @@ def test_a_split_of_the_same_work_trains_the_same(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("base", ["plain", "plain_qlora"])
+@pytest.mark.parametrize("name", SPLITS)
+def test_micro_batches_and_recomputed_activations_change_nothing(
+    name: str, base: str, packed: Path, tiny_model: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    section = config(quantization="nf4" if base == "plain_qlora" else "none", **SPLITS[name])
+    assert_same_run(train_here(packed, tiny_model, tmp_path, section), request.getfixturevalue(base))
+
+
+@pytest.mark.slow
+def test_two_ranks_on_a_4_bit_base_equal_one(plain_qlora: Path, packed: Path, tiny_model: Path, tmp_path: Path) -> None:
+    section = TWO_RANKS_ZERO2.model_copy(update={"quantization": "nf4"})
+    assert_same_run(train(packed, tiny_model, tmp_path, section), plain_qlora)
+
+
+@pytest.mark.slow
+def test_two_ranks_under_zero2_equal_one(two_ranks: Path, plain: Path) -> None:
+    assert_same_run(two_ranks, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_goes_on_with_another_number_of_ranks(
+    ranks: int, two_ranks: Path, plain: Path, packed: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """From the checkpoint of step 2 on: the same rows in the same order, to the same weights as one rank alone."""
+    begun, section = (two_ranks, TWO_RANKS_ZERO2) if ranks == 1 else (plain, config())
+    shutil.copytree(begun.parent / "work" / "checkpoint-2", tmp_path / "work" / "checkpoint-2")
+    shutil.copy(begun / "metrics.jsonl", tmp_path / "work")
+    lines: list[str] = []
+    section = section.model_copy(update={"num_processes": ranks})
+    found = train(packed, tiny_model, tmp_path, section, lines.append)
+    assert f"goes on with {ranks}: the same rows an optimizer step, {4 // ranks} micro-batches a rank" in lines[0]
+    assert any(line.startswith("resuming from checkpoint-2") for line in lines)
+    assert_same_run(found, plain)
+    assert not (tmp_path / "work" / RESIZED).exists()
+    mark = read_mark(found / "checkpoint")
+    assert mark is not None
+    assert (mark.world_size, mark.micro_batches) == (ranks, 4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("deepspeed", ["zero2", "zero3"])
 def test_full_fine_tuning_trains_the_same_under_zero(
-    deepspeed: str, packed: Path, tiny_model: Path, tmp_path: Path
+    deepspeed: str, plain_full: Path, packed: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    expected = train(packed, tiny_model, tmp_path / "plain", FULL)
-    found = train(packed, tiny_model, tmp_path / "zero", FULL.model_copy(update={"deepspeed": deepspeed}))
+    found = train(packed, tiny_model, tmp_path, FULL.model_copy(update={"deepspeed": deepspeed}))
     assert "lm_head.weight" in weights(found)
-    assert_same_run(found, expected)
+    assert_same_run(found, plain_full)
 
 
 @pytest.mark.slow
@@ -63,7 +138,7 @@ def test_packed_rows_train_as_their_conversations_alone(
     rows = {}
     for name, folder, accumulation in (("packed", packed, rows_an_epoch(packed)), ("alone", alone, 40)):
         whole_epochs = section.model_copy(update={"gradient_accumulation_steps": accumulation})
-        rows[name] = train(folder, tiny_model, tmp_path / name, whole_epochs)
+        rows[name] = train_here(folder, tiny_model, tmp_path / name, whole_epochs)
     assert rows_an_epoch(packed) < 40 == rows_an_epoch(alone)
     assert len(losses(rows["packed"])) == 3
     assert_same_run(rows["packed"], rows["alone"])

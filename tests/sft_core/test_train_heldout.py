@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sft_core.errors import RecipeError, TrainError
+from sft_core.errors import RecipeError, SftError
 from sft_core.evaluate.examples import read_examples
 from sft_core.evaluate.scoring import score_sequences
 from sft_core.pack import load_packed
 from sft_core.train.heldout import read_held_out
 from sft_core.train.metrics import read_metrics
 from tests.sft_core.test_train_resume import kill_once
-from tests.sft_core.train_runs import config, losses, train, weights_hash
+from tests.sft_core.train_runs import config, losses, train, train_here, weights_hash
 
 DROPOUT = {"lora": {"lora_dropout": 0.1}}
 """So that a random number drawn, or a mode not restored, would show."""
@@ -43,8 +43,9 @@ def test_evaluations_and_samples_leave_the_trajectory_as_it_is(
     method: str, packed: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     plain = config(**{**METHODS[method], "sample_prompts": ()})
-    expected = train(packed, tiny_model, tmp_path / "plain", plain)
-    found = train(packed, tiny_model, tmp_path / "seen", config(**{**SEEN, **METHODS[method]}))
+    trained = train if plain.deepspeed or plain.num_processes else train_here
+    expected = trained(packed, tiny_model, tmp_path / "plain", plain)
+    found = trained(packed, tiny_model, tmp_path / "seen", config(**{**SEEN, **METHODS[method]}))
     assert weights_hash(found) == weights_hash(expected)
     assert losses(found) == losses(expected)
     assert list(evaluations(found)) == [2, 4, 5]  # every second step, and the last
@@ -57,7 +58,7 @@ def test_the_held_out_loss_of_the_last_step_is_the_result_s_loss(
     packed: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     """Against evaluate's scores of the weights in the checkpoint, each conversation in a row of its own."""
-    out = train(packed, tiny_model, tmp_path, config(lora=None, eval_steps=5))
+    out = train_here(packed, tiny_model, tmp_path, config(lora=None, eval_steps=5))
     model = AutoModelForCausalLM.from_pretrained(out / "checkpoint", dtype=torch.float32).eval()
     assert "packed" not in (out / "checkpoint" / "config.json").read_text()
     tokenizer = AutoTokenizer.from_pretrained(packed / "tokenizer")
@@ -70,10 +71,10 @@ def test_the_held_out_loss_of_the_last_step_is_the_result_s_loss(
 
 @pytest.mark.slow
 def test_sample_answers_are_those_of_the_result_and_in_the_artifact(
-    packed: Path, tiny_model: Path, tmp_path: Path
+    packed: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines: list[str] = []
-    out = train(packed, tiny_model, tmp_path, config(lora=None, **SEEN), lines.append)
+    out = train_here(packed, tiny_model, tmp_path, config(lora=None, **SEEN))
+    lines = capsys.readouterr().out.splitlines()
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     asked = [(sample["optimizer_step"], sample["prompt"]) for sample in samples]
     assert asked == [(step, prompt) for step in (2, 4, 5) for prompt in SEEN["sample_prompts"]]  # type: ignore[attr-defined]
@@ -132,5 +133,5 @@ def test_samples_under_zero3_are_refused_before_anything_starts() -> None:
 @pytest.mark.slow
 def test_without_conversations_there_is_nothing_to_evaluate_on(packed: Path, tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "packed").symlink_to(packed)  # its `conversations` are not beside it
-    with pytest.raises(TrainError, match="of 0 held-out conversations none can be scored"):
-        train(tmp_path / "packed", tiny_model, tmp_path, config(eval_steps=2))
+    with pytest.raises(SftError, match="of 0 held-out conversations none can be scored"):
+        train_here(tmp_path / "packed", tiny_model, tmp_path, config(eval_steps=2))

@@ -21,7 +21,7 @@ from sft_core.recipe import TrainConfig
 from sft_core.train.checkpoints import Counts, mark_complete
 from sft_core.train.initial import INITIAL
 from sft_core.train.model import load_trainable
-from tests.sft_core.train_runs import child_of, config, losses, train, weights, weights_hash
+from tests.sft_core.train_runs import child_of, config, losses, train, train_here, weights, weights_hash
 
 PISSA = {"init_lora_weights": "pissa"}
 METHODS: dict[str, dict[str, Any]] = {
@@ -131,7 +131,7 @@ def test_trained_converted_and_merged_is_what_was_trained(
     method: str, packed: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     wanted = section(method)
-    out = train(packed, tiny_model, tmp_path, wanted)
+    out = (train if wanted.deepspeed else train_here)(packed, tiny_model, tmp_path, wanted)
     assert losses(out)[-1] < losses(out)[0]
     live = load_trainable(tiny_model, wanted, False, tmp_path / "work")[0]
     before = logits(live)

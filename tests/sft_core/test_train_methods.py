@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from sft_core.train.model import load_trainable
-from tests.sft_core.train_runs import config, losses, train, weights
+from tests.sft_core.train_runs import config, losses, train, train_here, weights
 
 LAYERS = [
     f"base_model.model.model.layers.{layer}.{module}"
@@ -72,24 +72,11 @@ def test_rslora_scales_by_the_root_of_the_rank(tiny_model: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_all_weights_are_trained_and_all_are_in_the_checkpoint(
-    dtype: str, packed: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    section = config(lora=None, dtype=dtype, deepspeed="zero2", max_steps=4)
-    out = train(packed, tiny_model, tmp_path, section)
-    before, after = load_file(tiny_model / "model.safetensors"), weights(out)
-    assert before.keys() == after.keys()
-    assert all(not torch.equal(before[name].to(after[name].dtype), after[name]) for name in before)
-    assert losses(out)[-1] < losses(out)[0]
-
-
-@pytest.mark.slow
 def test_a_module_trained_whole_moves_and_what_is_not_named_does_not(
     packed: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     section = config(quantization="nf4", lora={"modules_to_save": ["lm_head"], "use_rslora": True}, max_steps=3)
-    saved = weights(train(packed, tiny_model, tmp_path, section))
+    saved = weights(train_here(packed, tiny_model, tmp_path, section))
     head = saved.pop("base_model.model.lm_head.weight")
     assert not torch.equal(head, load_file(tiny_model / "model.safetensors")["lm_head.weight"])
     sides = ("lora_A", "lora_B")
@@ -111,6 +98,21 @@ def test_zero3_in_bfloat16_trains_as_zero2_does(method: str, packed: Path, tiny_
     )
     assert losses(three) == pytest.approx(losses(two), abs=5e-3)  # rounding to 8 bits; a step moves the loss by 0.1
     assert losses(two)[2] < losses(two)[0] - 0.05
+    if method == "whole model":
+        check_all_moved(tiny_model, two)
+
+
+def check_all_moved(model: Path, out: Path) -> None:
+    before, after = load_file(model / "model.safetensors"), weights(out)
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name].to(after[name].dtype), after[name]) for name in before)
+
+
+@pytest.mark.slow
+def test_all_weights_are_trained_in_float32_too(packed: Path, tiny_model: Path, tmp_path: Path) -> None:
+    out = train_here(packed, tiny_model, tmp_path, config(lora=None, max_steps=4))
+    check_all_moved(tiny_model, out)
+    assert losses(out)[-1] < losses(out)[0]
 
 
 @pytest.mark.slow
@@ -118,7 +120,7 @@ def test_neftune_noise_is_there_in_training_and_the_same_for_the_same_seed(
     packed: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     quiet, noisy, again = (
-        train(packed, tiny_model, tmp_path / name, config(max_steps=2, neftune_noise_alpha=alpha))
+        train_here(packed, tiny_model, tmp_path / name, config(max_steps=2, neftune_noise_alpha=alpha))
         for name, alpha in (("quiet", None), ("noisy", 10.0), ("again", 10.0))
     )
     assert losses(noisy) == losses(again)

@@ -1,6 +1,7 @@
 """Real training runs at toy size, for the tests of train: a run's section, its start, its losses and its weights."""
 
 import hashlib
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,13 @@ from safetensors.torch import load_file
 
 from sft_core.pack import pack_dataset
 from sft_core.recipe import LoraConfig, PackConfig, TrainConfig
-from sft_core.train import TrainInputs, train_adapter
+from sft_core.train import TrainInputs, copy_result, train_adapter
+from sft_core.train.checkpoints import newest_complete
 from sft_core.train.launchers import ONE_MACHINE, Launch
 from sft_core.train.metrics import read_metrics
+from sft_core.train.ranks import Heart
+from sft_core.train.spec import TrainSpec
+from sft_core.train.worker import run
 
 PLAIN = TrainConfig(
     quantization="none",
@@ -66,6 +71,34 @@ def train(
         launch=launch,
     )
     train_adapter(inputs, section, 7, folder / "out", on_line)
+    return folder / "out"
+
+
+def train_here(packed: Path, model: Path, folder: Path, section: TrainConfig) -> Path:
+    """What one rank does between its start and its end, in this process: where no start, signal or DeepSpeed is at
+    stake, several seconds of imports are saved. The folder of what would be the artifact."""
+    assert section.deepspeed is None
+    work, stop = folder / "work", signal.getsignal(signal.SIGTERM)
+    work.mkdir(parents=True)
+    spec = TrainSpec(
+        packed=str(packed),
+        base_model=str(model),
+        trust_remote_code=False,
+        train=section.model_dump(mode="json"),
+        seed=7,
+        checkpoints=str(work),
+        metrics=str(work / "metrics.jsonl"),
+        conversations=str(packed.parent / "conversations"),
+    )
+    heart = Heart(work / "ranks", "0", 600)
+    try:
+        assert run(spec, heart, 600) == 0
+    finally:
+        heart.end()
+        signal.signal(signal.SIGTERM, stop)
+    checkpoint = newest_complete(work)
+    assert checkpoint is not None
+    copy_result(checkpoint, work, folder / "out")
     return folder / "out"
 
 
