@@ -56,12 +56,12 @@ def progress_line(entry: dict[str, Any]) -> str:
     ...          "tokens_per_second": 1234.5, "supervised_tokens": 9876, "epoch": 0.75, "memory_bytes": 2.5e9,
     ...          "seconds_left": 83.4}
     >>> progress_line(entry)
-    'step 5/20  loss 1.2500  lr 2.00e-04  grad 0.50  epoch 0.75  1,234 tokens/s  9,876 supervised  2.5 GB  0:01:23 left'
+    'step 5/20  loss 1.2500  lr 2.0e-04  grad 0.50  epoch 0.75  1,234 tok/s  9,876 supervised  2.5 GB  0:01:23 left'
     """
     held_out = f"  eval_loss {entry['eval_loss']:.4f}" if "eval_loss" in entry else ""
     return (
         f"step {entry['optimizer_step']}/{entry['max_steps']}  loss {entry['loss']:.4f}{held_out}  "
-        f"lr {entry['learning_rate']:.2e}  grad {entry['grad_norm']:.2f}  epoch {entry['epoch']:.2f}  "
-        f"{entry['tokens_per_second']:,.0f} tokens/s  {entry['supervised_tokens']:,} supervised  "
+        f"lr {entry['learning_rate']:.1e}  grad {entry['grad_norm']:.2f}  epoch {entry['epoch']:.2f}  "
+        f"{entry['tokens_per_second']:,.0f} tok/s  {entry['supervised_tokens']:,} supervised  "
         f"{entry['memory_bytes'] / 1e9:.1f} GB  {timedelta(seconds=int(entry['seconds_left']))} left"
     )

@@ -63,7 +63,7 @@ class Said:
     def reason(self, status: int, behind: str | None, log: Path) -> str:
         """Why the child ended with `status`. `behind`: which rank the others would be waiting for."""
         if self.fault:
-            return f"{self.fault.removeprefix('TrainError: ')}; full log: {log}"
+            return f"{self.fault}; full log: {log}"
         if self._signals:
             _, rank, number = min(self._signals)
             return f"rank {rank} ended with status {number} ({_signal_name(number)}); full log: {log}"

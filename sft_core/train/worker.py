@@ -43,12 +43,12 @@ def main(spec_path: str, ddp_timeout: float) -> int:
         heart.end()
         return status
     except SftError as error:
-        print(FAULT + json.dumps(f"{type(error).__name__}: {error}"), flush=True)
+        print(FAULT + json.dumps(str(error)), flush=True)
         return 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise
-        message = f"TrainError: {error}; make room there, and the same command goes on from the newest checkpoint"
+        message = f"{error}; make room there, and the same command goes on from the newest checkpoint"
         print(FAULT + json.dumps(message), flush=True)
         return 1
     except RuntimeError as error:

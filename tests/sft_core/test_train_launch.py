@@ -214,7 +214,7 @@ def test_one_reason_is_given_of_all_that_was_said() -> None:
     for line in (b"step 1/2", b"lost: " + json.dumps("rank 0 waited").encode(), *SUMMARY):
         said.hear(line)
     assert said.reason(1, "rank 1 is behind", LOG) == "rank 1 ended with status -11 (SIGSEGV); full log: train.log"
-    said.hear(b"fault: " + json.dumps("TrainError: the disk is full").encode())
+    said.hear(b"fault: " + json.dumps("the disk is full").encode())
     assert said.reason(1, None, LOG) == "the disk is full; full log: train.log"
 
 
