@@ -6,6 +6,7 @@ In: a recipe. Out: of the first rows of each data set, every token that training
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,8 +33,8 @@ class Previewed:
 def preview(recipe: RecipeArgument, rows: RowsOption = 3, set_: SetOption = None) -> None:
     """Show rows as the model will see them: every token, the trained ones in colour.
 
-    Fetches and normalizes the recipe's data sets into a temporary folder, so the store is left alone, and renders the
-    first training rows with the recipe's chat template. Without colours (a pipe, NO_COLOR) trained text stands in
+    Fetches the recipe's data sets into a temporary folder, so the store is left alone, and renders the first training
+    rows with the recipe's chat template. Without colours (a pipe, NO_COLOR) trained text stands in
     [[ ]]. A row that the template cannot render is shown with the reason, as is one longer than pack.max_length.
 
     Example: sft data preview demo --rows 5
@@ -103,49 +104,35 @@ def _tokenizer(base: Any) -> Any:
 
 
 def _conversations(recipe: Any, rows: int, folder: Path) -> Iterator[dict[str, Any]]:
-    """The first training rows that fetch and normalize make of the recipe's data sets."""
-    from sft_core.errors import DataError
+    """The first training rows of each data set, as evenly as they go. Shards are normalized until there are enough."""
     from sft_core.fetch import fetch_dataset
     from sft_core.normalize import NormalizeSource, normalize_dataset
-    from sft_core.shard_rows import read_shards
 
-    sources = []
-    for number, dataset in enumerate((*recipe.datasets, *recipe.eval_datasets)):
-        fetch_dataset(dataset, folder / f"fetch-{number}")
-        sources.append(
-            NormalizeSource(
-                rows=folder / f"fetch-{number}",
-                map_fn=dataset.map_fn,
-                name=dataset.path,
-                weight=dataset.weight,
-                held_out=number >= len(recipe.datasets),
-            )
-        )
-    out = folder / "normalize"
-    lenient = recipe.normalize.model_copy(update={"max_quarantined_fraction": 1.0})
-    try:
-        normalize_dataset(sources, lenient, recipe.eval_fraction, recipe.seed, out)
-    except DataError:  # an empty side; with training rows there is something to look at all the same
-        if next(read_shards(out / "train"), None) is None:
-            raise
-    yield from _first_rows(out, rows, len({dataset.path for dataset in recipe.datasets}))
-
-
-def _first_rows(conversations: Path, rows: int, datasets: int) -> Iterator[dict[str, Any]]:
-    """At most `rows` of the training side, evenly over its data sets."""
-    from sft_core.shard_rows import read_shards
-
-    shares = [rows // datasets + (number < rows % datasets) for number in range(datasets)]
-    left: dict[str, int] = {}
-    for row in read_shards(conversations / "train"):
-        name = row["dataset"]
-        if name not in left:
-            left[name] = shares[len(left)]
-        if left[name]:
-            left[name] -= 1
+    sources, left = [], rows
+    for number, dataset in enumerate(recipe.datasets):
+        fetched = folder / f"fetch-{number}"
+        fetch_dataset(dataset, fetched)
+        sources.append(NormalizeSource(rows=fetched, map_fn=dataset.map_fn, name=dataset.path, weight=dataset.weight))
+        share = -(-left // (len(recipe.datasets) - number))
+        for row in islice(_training_rows(sources[-1], recipe), share):
+            left -= 1
             yield row
-        elif len(left) == datasets and not any(left.values()):
-            return
+    if left == rows:  # say why, as a run does
+        lenient = recipe.normalize.model_copy(update={"max_quarantined_fraction": 1.0})
+        normalize_dataset(sources, lenient, recipe.eval_fraction, recipe.seed, folder / "normalize")
+
+
+def _training_rows(source: Any, recipe: Any) -> Iterator[dict[str, Any]]:
+    from io import BytesIO
+
+    from sft_core.normalize.dataset import plan_shards
+    from sft_core.normalize.shard import TRAIN, make_shard
+    from sft_core.shard_rows import read_shard
+
+    for job in plan_shards([source], recipe.eval_fraction, recipe.seed):
+        made = make_shard(job.argument)
+        if TRAIN in made.files:
+            yield from read_shard(BytesIO(made.files[TRAIN]), job.place)
 
 
 def _sequences(row: dict[str, Any], tokenizer: Any, template: str, pack: Any) -> Iterator[Previewed]:

@@ -7,7 +7,7 @@ In: rows, or a folder of `part-*.parquet`. Out: borders that depend on content a
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow.parquet as pq
 
@@ -49,7 +49,7 @@ def read_shards(folder: Path) -> Iterator[dict[str, Any]]:
         yield from read_shard(path, places.get(path.stem, {}))
 
 
-def read_shard(path: Path, place: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def read_shard(path: Path | IO[bytes], place: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Rows of one shard, located."""
     with pq.ParquetFile(path) as shard:
         for batch in shard.iter_batches(batch_size=ROWS_PER_BATCH):

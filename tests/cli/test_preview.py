@@ -7,7 +7,10 @@ import typer
 from typer.testing import CliRunner
 
 from cli.preview import preview, preview_text
+from sft_core import shard_rows
 from sft_core.errors import DataError, ModelError
+from sft_core.fetch import cuts
+from sft_core.normalize import shard
 from sft_core.recipe import resolve
 
 RECIPE = """
@@ -45,6 +48,21 @@ def test_rows_of_every_data_set_with_the_trained_part_marked(recipe: Path) -> No
         "",
     ]
     assert not (recipe.parent / "store").exists()
+
+
+def test_a_data_set_that_has_too_few_leaves_its_share_to_the_next(recipe: Path) -> None:
+    (recipe.parent / "a.jsonl").write_text('{"other": 1}\n')
+    lines = preview_text(resolve(str(recipe), {}), 2).splitlines()
+    assert [line.split(", ")[1][:5] for line in lines if line.startswith("row ")] == ["row 1", "row 2"]
+
+
+def test_shards_behind_the_rows_shown_are_not_normalized(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_rows, "MOST_ROWS", 1)
+    monkeypatch.setattr(cuts, "SMALL_FILE_BYTES", 0)
+    made: list[Path] = []
+    monkeypatch.setattr(shard, "make_shard", lambda work, make=shard.make_shard: made.append(work.path) or make(work))
+    preview_text(resolve(str(recipe), {}), 4)
+    assert [path.parent.parent.name[-1] + path.stem[-1] for path in made] == ["00", "01", "10", "11"]
 
 
 def test_refused_and_long_rows_say_so(recipe: Path) -> None:
