@@ -1,5 +1,9 @@
 """`sft convert pth-to-hf` and `sft convert merge`, on plain folders, under XTuner's names."""
 
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +13,8 @@ if TYPE_CHECKING:
     from sft_core.recipe import BaseModelConfig, LoraConfig
 
 app = typer.Typer(no_args_is_help=True, help="Checkpoint to adapter, adapter to merged model, on plain folders.")
+UNFINISHED = ".unfinished"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ShardSize = Annotated[str | None, typer.Option(help="Largest weight file, such as 5GB or 500MB.")]
 
 
@@ -46,8 +52,8 @@ def pth_to_hf(  # noqa: PLR0913
         trust_remote_code=resolved.base_model.trust_remote_code,
         **({"max_shard_size": shard_size(max_shard_size)} if max_shard_size else {}),
     )
-    _require_free(out)
-    outcome = convert_checkpoint(checkpoint, out, lora, resolved.base_model.path, options)
+    with _filled(out) as folder:
+        outcome = convert_checkpoint(checkpoint, folder, lora, resolved.base_model.path, options)
     print(f"{out}: {outcome.facts['tensors']} tensors, {outcome.facts['parameters']:,} parameters")
     if base is None:
         print(f"not checked against the base model: {resolved.base_model.path} is no folder here")
@@ -87,8 +93,8 @@ def merge(  # noqa: PLR0913
         max_shard_size=shard_size(max_shard_size) if max_shard_size else None,
         trust_remote_code=trust_remote_code,
     )
-    _require_free(out)
-    facts = merge_adapter(base, adapter, out, options).facts
+    with _filled(out) as folder:
+        facts = merge_adapter(base, adapter, folder, options).facts
     print(
         f"{out}: {facts['merged']} of {facts['tensors']} tensors merged into the {facts['base_weights']} base weights"
     )
@@ -128,9 +134,32 @@ def _local_base(config: "BaseModelConfig") -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _require_free(out: Path) -> None:
+@contextmanager
+def _filled(out: Path) -> Iterator[Path]:
+    """A folder in `out` whose files move up when all are written. What fails leaves nothing; what is killed leaves
+    `out` without a config.json, which nothing takes for a model.
+    """
     from sft_core.errors import ModelError
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ModelError(f"{out}: exists and is not empty; nothing was written. Choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
+        left = (
+            f"remove {UNFINISHED}, which a killed run left" if (out / UNFINISHED).exists() else "choose another folder"
+        )
+        raise ModelError(f"{out}: exists and is not empty; nothing was written: {left}")
+    was_there, folder = out.exists(), out / UNFINISHED
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        for path in sorted(folder.iterdir(), key=lambda path: (path.name.endswith("config.json"), path.name)):
+            path.rename(out / path.name)
+    except BaseException as error:
+        shutil.rmtree(folder)
+        if not was_there:
+            with suppress(OSError):
+                out.rmdir()
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            raise ModelError(
+                f"{out}: {error.strerror}; nothing was written. Make room, or choose another disk"
+            ) from None
+        raise
+    folder.rmdir()

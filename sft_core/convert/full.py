@@ -16,7 +16,7 @@ from sft_core.convert import ConvertOptions
 from sft_core.convert.adapter import rounded_dtype
 from sft_core.convert.skeleton import Shape, model_shapes, published, published_shapes, skeleton
 from sft_core.convert.trained import Stored, TrainedTensors, all_finite
-from sft_core.convert.writer import Slot, split_shards, write_index, write_tensors
+from sft_core.convert.writer import Slot, require_space, split_shards, write_index, write_tensors
 from sft_core.errors import ModelError
 
 ALL_TRAINED = "all weights were trained, nothing was merged: there is no distance to measure"
@@ -54,6 +54,7 @@ def write_model(
         stored = {name: replace(t, dtype=dtype) if t.dtype.is_floating_point else t for name, t in stored.items()}
     out.mkdir(parents=True, exist_ok=True)
     slots = [Slot(name, tensor.dtype, tensor.shape) for name, tensor in stored.items()]
+    require_space(out, slots)
     shards = split_shards(slots, options.max_shard_size)
     try:
         _write_checked(out, shards, stored, trained.source)

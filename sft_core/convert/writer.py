@@ -8,6 +8,7 @@ header padded with spaces to 8 bytes, the numbers in little-endian order).
 import json
 import math
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from sft_core.convert.trained import Stored
-from sft_core.errors import RecipeError
+from sft_core.errors import ModelError, RecipeError
 
 CODES = {
     torch.float64: "F64",
@@ -85,6 +86,13 @@ def header_of(slots: Iterable[Slot]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def require_space(out: Path, slots: Iterable[Slot]) -> None:
+    """ModelError before the first byte rather than after the last that fits."""
+    needed, free = sum(slot.nbytes for slot in slots), shutil.disk_usage(out).free
+    if needed > free:
+        raise ModelError(f"{out}: {needed / 1e9:,.1f} GB are to be written, the disk has {free / 1e9:,.1f} GB left")
 
 
 def write_index(out: Path, shards: dict[str, list[Slot]]) -> None:

@@ -26,7 +26,6 @@ PREFIX = "base_model.model."
 KEY = re.compile(r"(?P<module>.+)\.lora_(?:(?P<side>[AB])\.weight|embedding_(?P<table>[AB])|(?P<m>magnitude_vector))")
 BEYOND = (
     "lora_bias",
-    "layer_replication",
     "target_parameters",
     "trainable_token_indices",
     "use_qalora",
@@ -85,6 +84,10 @@ def load_adapter(folder: Path, transposed: frozenset[str]) -> Adapter:
     if config.get("peft_type") != "LORA" or not config.get("r") or not config.get("lora_alpha"):
         raise ModelError(
             f"{folder / CONFIG}: peft_type is {config.get('peft_type')!r}; only LoRA with r and lora_alpha is merged"
+        )
+    if config.get("layer_replication"):
+        raise ModelError(
+            f"{folder / CONFIG}: layer_replication is set: the model has more layers than the base; only PEFT loads it"
         )
     try:
         tensors = load_file(folder / WEIGHTS)

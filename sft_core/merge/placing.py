@@ -48,16 +48,16 @@ def plan_edits(
     places = {name: place for found in shards.values() for name, place in found.items()}
     names = _Names(model, frozenset(places), base)
     updates = {f"{module}.weight": update for module, update in adapter.updates.items()}
-    both = sorted(set(updates) & set(adapter.saved))
+    saved, copies = _tied_in_training(model, adapter)
+    both = sorted(set(updates) & set(saved))
     if both:
         raise ModelError(f"{adapter.folder}: {both[0]} is trained whole and by LoRA at once; only one can be merged")
-    fused = [live for live in (*updates, *adapter.saved, *dequantize) if names.is_fused(live)]
+    fused = [live for live in (*updates, *saved, *dequantize) if names.is_fused(live)]
     if fused:
         return Plan(shards={}, fused=f"the base's files hold {fused[0]} in parts")
-    for live, copy in adapter.copies.items():
+    for live, copy in copies.items():
         _check_copy(live, copy, places[names.find(_first_name(model, live))], adapter)
     edits: dict[str, Edit] = {}
-    saved = dict(adapter.saved)
     untied = _untie(model, names, updates, saved, places)
     for live in sorted({*updates, *saved, *dequantize}):
         name = untied.get(live) or names.find(live)
@@ -72,6 +72,17 @@ def plan_edits(
     last = planned[next(reversed(planned))]
     last.update({name: edits[name] for name in untied.values() if not any(name in found for found in planned.values())})
     return Plan(shards=planned, config={"tie_word_embeddings": False} if untied else {})
+
+
+def _tied_in_training(model: Any, adapter: Adapter) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """What is saved, and what is only a copy: a tied weight's second name that holds what its first was trained to
+    (PEFT's `ensure_weight_tying`) is saved as well.
+    """
+    saved, copies = dict(adapter.saved), dict(adapter.copies)
+    for second, first in _tied(model).items():
+        if second in copies and first in saved and torch.equal(copies[second], saved[first]):
+            saved[second] = copies.pop(second)
+    return saved, copies
 
 
 def _check_copy(live: str, copy: torch.Tensor, place: Place, adapter: Adapter) -> None:

@@ -17,9 +17,16 @@ from typing import BinaryIO
 
 import torch
 
-from sft_core.convert.writer import Slot, header_of, one_thread, split_shards, write_index
+from sft_core.convert.writer import Slot, header_of, one_thread, require_space, split_shards, write_index
 from sft_core.errors import ModelError
-from sft_core.merge.arithmetic import Workspace, add_rows, check_finite, needs_all_rows, rows_at_a_time
+from sft_core.merge.arithmetic import (
+    Workspace,
+    add_rows,
+    can_overflow,
+    check_finite,
+    needs_all_rows,
+    rows_at_a_time,
+)
 from sft_core.merge.nf4 import round_trip
 from sft_core.merge.placing import Edit, Plan
 
@@ -61,6 +68,7 @@ def write_stream(plan: Plan, out: Path, max_shard_size: int | None, compute_dtyp
         shards = {_file_name(s): [e.place.slot(n) for n, e in found.items()] for s, found in plan.shards.items()}
     else:
         shards = split_shards([edit.place.slot(name) for name, edit in edits.items()], max_shard_size)
+    require_space(out, (slot for slots in shards.values() for slot in slots))
     jobs = [job for shard, slots in shards.items() for job in _laid_out(out / shard, slots, edits)]
     space = Workspace()
     counts = [_write_tensor(job, space, compute_dtype) for job in jobs if job.whole]
@@ -124,7 +132,7 @@ def _next_jobs(untaken: deque[deque[_Job]], files: list[deque[_Job]]) -> Iterato
 
 def _write_tensor(job: _Job, space: Workspace, compute_dtype: torch.dtype) -> MergeCount:
     slot, edit = job.slot, job.edit
-    changed = False
+    changed, looked_at = False, not edit.copied and can_overflow(edit)
     with job.file.open("r+b", buffering=0) as file:
         if edit.copied and _copied_by_kernel(job, file):
             return MergeCount(total=1)
@@ -134,9 +142,10 @@ def _write_tensor(job: _Job, space: Workspace, compute_dtype: torch.dtype) -> Me
             if not edit.copied:
                 result = space.take("out", tuple(rows.shape), slot.dtype)
                 if edit.update is not None:
-                    add_rows(slot.name, edit, first, rows, result, space)
+                    add_rows(edit, first, rows, result, space)
                 else:
                     result.copy_(rows)
+                if looked_at:
                     check_finite(slot.name, result)
                 changed = changed or not torch.equal(result, rows.to(slot.dtype))  # -0.0 is 0.0
             view = result.reshape(-1).view(torch.uint8).numpy().data

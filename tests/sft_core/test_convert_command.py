@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import resource
+import shutil
 import struct
 import sys
 import zipfile
@@ -122,6 +124,36 @@ def test_certify_with_measures_and_says_so(folder: Path, tiny_model: Path, run: 
     assert_refused(run(*merged, "c", "--certify-with", "rows.jsonl"), "row 1 has no list `messages`")
     assert_refused(run(*merged, "d", "--certify-with", "absent.jsonl"), "no such file")
     assert_refused(run(*merged, "e", "--max-shard-size", "much"), "say a size")
+
+
+def test_what_fails_or_is_stopped_leaves_nothing(
+    folder: Path, tiny_model: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("pth-to-hf", "recipe.yaml", "iter_4.pth", "adapter", *FLAGS)[0] == 0
+    merged = ("merge", str(tiny_model), "adapter")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a file that cannot grow, as on a full disk
+    try:
+        assert_refused(run(*merged, "full"), "File too large; nothing was written")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    assert_refused(run(*merged, "small"), "GB are to be written, the disk has 0.0 GB left")
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+
+    def stop(out: Path, *_: Any) -> None:
+        assert out == Path("stopped/.unfinished")
+        assert (out / "model.safetensors").is_file()
+        assert not (out.parent / "config.json").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sft_core.merge.choice.write_card", stop)
+    assert run(*merged, "stopped")[0] == 130
+    assert not {"full", "small", "stopped"} & {path.name for path in folder.iterdir()}
+    (folder / "killed" / ".unfinished").mkdir(parents=True)
+    assert_refused(run(*merged, "killed"), "remove .unfinished, which a killed run left")
+    assert_refused(run(*merged, str(tiny_model)), "choose another folder")
 
 
 def test_an_upload_that_fails_leaves_the_folder_and_says_why(

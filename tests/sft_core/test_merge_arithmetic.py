@@ -14,6 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from sft_core.errors import ModelError
 from sft_core.merge import MergeOptions, arithmetic, merge_adapter
+from sft_core.merge.adapter import Update
+from sft_core.merge.placing import Edit
+from sft_core.merge.shards import Place
 
 FULL = MergeOptions(base="full")
 UNIT = 2.0**-24
@@ -103,3 +106,23 @@ def test_a_sum_that_its_dtype_cannot_hold_is_refused(dtype: torch.dtype) -> None
         over = torch.tensor([1.0, value, 2.0])
         with pytest.raises(ModelError, match="base: w: the merged weight overflows"):
             arithmetic.check_finite("w", over.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "answer"),
+    [
+        (torch.bfloat16, 2.0**40, False),
+        (torch.bfloat16, 2.0**50, True),
+        (torch.bfloat16, math.nan, True),
+        (torch.float32, 2.0**40, False),
+        (torch.float16, 1.0, True),
+    ],
+)
+def test_what_cannot_overflow_is_not_looked_at(dtype: torch.dtype, size: float, answer: bool) -> None:
+    place = Place(Path("w"), 0, dtype, (2, 2))
+    update = Update(left=torch.full((2, 1), -size), right=torch.full((1, 2), size))
+    assert arithmetic.can_overflow(Edit(place=place, update=update)) is answer
+    largest = torch.full((2, 2), torch.finfo(dtype).max, dtype=dtype)
+    out = torch.empty_like(largest)
+    arithmetic.add_rows(Edit(place=place, update=update), 0, largest, out, arithmetic.Workspace())
+    assert answer or bool(out.isfinite().all())

@@ -134,7 +134,11 @@ def test_merged_folder_computes_what_pefts_merge_computes(family: tuple[str, Pat
     ("name", "settings"),
     [
         ("llama", {"bias": "all"}),
+        ("llama", {"trainable_token_indices": {"embed_tokens": [3, 5]}}),
+        ("llama", {"init_lora_weights": "pissa"}),
+        ("gpt2", {"lora_bias": True}),
         ("mixtral", {}),
+        ("mixtral", {"target_modules": ["v_proj"], "target_parameters": ["mlp.experts.down_proj"]}),
     ],
 )
 def test_what_the_stream_cannot_do_goes_through_peft_and_says_so(
@@ -150,6 +154,24 @@ def test_what_the_stream_cannot_do_goes_through_peft_and_says_so(
     torch.testing.assert_close(ours, logits(live), rtol=1e-4, atol=1e-5)
     with pytest.raises(ModelError, match="only into the full base"):
         merge_adapter(base, adapter, tmp_path / "nf4", MergeOptions(base="dequantized"))
+
+
+def test_what_was_tied_in_training_stays_tied(tmp_path: Path) -> None:
+    base = write_base("tied-llama", tmp_path / "base")
+    tied: dict[str, Any] = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    adapter = write_adapter(base, tmp_path / "adapter", target_modules=["q_proj"], **tied)
+    merge_adapter(base, adapter, tmp_path / "out", FULL)
+    live = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert ours.config.tie_word_embeddings
+    torch.testing.assert_close(logits(ours), logits(live), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_of_more_layers_than_the_base_is_refused(tmp_path: Path) -> None:
+    base = write_base("llama", tmp_path / "base")
+    adapter = write_adapter(base, tmp_path / "adapter", target_modules=["q_proj"], layer_replication=[[0, 2], [0, 2]])
+    with pytest.raises(ModelError, match="layer_replication is set"):
+        merge_adapter(base, adapter, tmp_path / "out", FULL)
 
 
 def test_an_untouched_tie_stays_and_a_changed_one_is_parted(tmp_path: Path) -> None:
