@@ -1,7 +1,8 @@
 """Preparing again after 1% of new rows, over preparing from nothing. `prepare.py --incremental` calls it.
 
-In: rows, a tokenizer. Out: seconds of describe, fetch, normalize and pack: from nothing, with new rows at the end, and
-with new rows in one place in the middle; each taken from the first one's folders where it can be.
+In: rows, a tokenizer. Out: seconds of describe, fetch, normalize and pack by the wall, and of CPU over all threads:
+from nothing, with new rows at the end, and with new rows in one place in the middle; each taken from the first one's
+folders where it can be.
 """
 
 import json
@@ -9,6 +10,9 @@ import time
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 FRACTION = 0.01
 TARGET = 0.05
@@ -38,7 +42,7 @@ def line(question: str, answer: str) -> str:
 
 def _prepare(
     folder: Path, lines: list[str], tokenizer: Path, template: str | None, earlier: Path | None
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Prepare `lines` in `folder`; seconds a step."""
     from sft_core.fetch import describe_source, fetch_dataset
     from sft_core.normalize import NormalizeSource, normalize_dataset
@@ -50,7 +54,7 @@ def _prepare(
     source = folder / "rows.jsonl"
     source.write_text("".join(lines), "utf-8")
     dataset = DatasetConfig(path=str(source), map_fn="alpaca")
-    clock = [time.perf_counter()]
+    clock = [clocks()]
 
     def sharding(step: str) -> Sharding:
         return Sharding(earlier=EarlierFolder(earlier / step)) if earlier else Sharding()
@@ -60,21 +64,27 @@ def _prepare(
         return folder / step
 
     description = describe_source(dataset)
-    clock.append(time.perf_counter())
+    clock.append(clocks())
     fetch_dataset(dataset, out("fetch"), description, sharding=sharding("fetch"))
-    clock.append(time.perf_counter())
+    clock.append(clocks())
     inputs = [NormalizeSource(rows=folder / "fetch", map_fn="alpaca", name="made")]
     normalize_dataset(inputs, NormalizeConfig(), 0.01, 42, out("normalize"), sharding=sharding("normalize"))
-    clock.append(time.perf_counter())
+    clock.append(clocks())
     config = PackConfig(chat_template=template)
     pack_dataset(folder / "normalize", tokenizer, config, 42, out("pack"), sharding=sharding("pack"))
-    clock.append(time.perf_counter())
+    clock.append(clocks())
     names = ("describe", "fetch", "normalize", "pack")
     return {name: end - start for name, start, end in zip(names, clock, clock[1:], strict=False)}
 
 
-def _say(name: str, seconds: dict[str, float], whole: dict[str, float] | None) -> None:
-    steps = ", ".join(f"{step} {took:.2f}" for step, took in seconds.items())
+def _say(name: str, seconds: dict[str, Any], whole: dict[str, Any] | None) -> None:
+    steps = ", ".join(f"{step} {took[0]:.2f}" for step, took in seconds.items())
     total = sum(seconds.values())
-    ratio = f": {total / sum(whole.values()):.3f} of it (target {TARGET})" if whole else ""
-    print(f"{name:13} {total:6.2f} s ({steps}){ratio}")
+    ratios = total / sum(whole.values()) if whole else None
+    ratio = f": {ratios[0]:.3f} of it (target {TARGET}), {ratios[1]:.3f} by CPU" if ratios is not None else ""
+    print(f"{name:13} {total[0]:6.2f} s, CPU {total[1]:.2f} s ({steps}){ratio}", flush=True)
+
+
+def clocks() -> Any:
+    """Seconds by the wall, and of CPU over all threads."""
+    return np.array([time.perf_counter(), time.process_time()])
