@@ -127,6 +127,8 @@ def _fields(reader: Any, lines: _Lines, label: str) -> list[str] | csv.Error | N
     lines.taken.clear()
     try:
         fields: list[str] | None = next(reader, None)
+        if len(lines.taken) > 1:  # text behind a closing quote: it opened none, and rows would run together
+            next(csv.reader(lines.taken, strict=not lines.ended))
     except csv.Error as error:
         return error
     if fields is not None and lines.ended:  # only a quote that is open makes the module ask for more than a line

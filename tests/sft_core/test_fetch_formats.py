@@ -116,6 +116,13 @@ class TestTables:
         assert rows[1][:3] == ("3,4\r5\n", "a.csv", 3)
         assert rows[1][3].startswith("bad_csv_row: new-line character seen in unquoted field")
 
+    def test_csv_with_a_quote_that_another_rows_quote_closes(self, tmp_path):
+        rows = fetch_bytes(tmp_path, "a.csv", b'a,b\n1,"2\n3,4\n5,"6"\n7," 8" 9\n')
+        assert rows == [
+            ('1,"2\n3,4\n5,"6"\n', "a.csv", 2, "bad_csv_row: ',' expected after '\"'"),
+            ('{"a": "7", "b": " 8 9"}', "a.csv", 5, None),
+        ]
+
     def test_csv_that_begins_with_blank_lines(self, tmp_path):
         rows = fetch_bytes(tmp_path, "a.csv", b"\n\r\na\n\n1\n")
         assert rows == [('{"a": "1"}', "a.csv", 5, None)]
