@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from sft_core.convert.trained import all_finite
 from sft_core.errors import ModelError
 from sft_core.fingerprint import hash_folder, hash_value
 
@@ -131,7 +132,7 @@ def _edits(
         match = KEY.fullmatch(name)
         if not name.startswith(PREFIX):
             raise ModelError(f"{folder / WEIGHTS}: {name} is no name of PEFT's; it would be lost in the merge")
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise ModelError(f"{folder / WEIGHTS}: {name} holds NaN or infinity; convert an earlier checkpoint")
         if match is None:
             kept = saved if _is_saved(name, config) else copies
