@@ -41,6 +41,7 @@ def main() -> None:
         try:
             stack.start()
             stack.worker("cpu")
+            stack.prefect("work-pool", "create", "gpu", "--type", "process")  # the file names it
             stack.deploy()
             print("load average", os.getloadavg())
             for name in ("first", "again"):
