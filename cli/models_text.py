@@ -66,8 +66,12 @@ def row_table(found: "Iterable[tuple[RegisteredVersion, RowUse]]") -> Table:
     """One line a version and row_id."""
     table = Table("version", "aliases", "row_id", "", box=None)
     for version, use in found:
-        table.add_row(version.number, " ".join(f"@{alias}" for alias in version.aliases), use.row_id, use.use)
+        table.add_row(version.number, " ".join(f"@{alias}" for alias in version.aliases), use.row_id, _words(use))
     return table
+
+
+def _words(use: RowUse) -> str:
+    return f"{use.use}, through {use.through}" if use.through else use.use
 
 
 def difference_lines(difference: Difference, shown: int) -> Iterator[str]:

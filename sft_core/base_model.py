@@ -1,9 +1,11 @@
 """The base model: where its files are and what identifies them (DESIGN 3: a commit, or the hash of its files)."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from sft_core.artifacts import MANIFEST
 from sft_core.errors import ModelError
 from sft_core.fingerprint import hash_folder, hash_value
 from sft_core.recipe import BaseModelConfig
@@ -28,13 +30,23 @@ def describe_base_model(config: BaseModelConfig) -> BaseModelDescription:
     if not folder.is_dir():
         commit = _hub_commit(config)
         return BaseModelDescription(fingerprint=commit, tokenizer_fingerprint=commit, commit=commit)
-    hashes = {name: value for name, value in hash_folder(folder).items() if name.endswith(MODEL_SUFFIXES)}
+    hashes = _model_files(hash_folder(folder))
     if "config.json" not in hashes:
         raise ModelError(f"base_model.path {folder.resolve()}: no config.json; it must be a Hugging Face model folder")
     tokenizer = {name: value for name, value in hashes.items() if name.startswith(TOKENIZER_PREFIXES)}
     return BaseModelDescription(
         fingerprint=hash_value(hashes), tokenizer_fingerprint=hash_value(tokenizer), commit=None
     )
+
+
+def base_fingerprint(hashes: Mapping[str, str]) -> str:
+    """What a folder with these files (name, SHA-256) is called as a base model."""
+    return hash_value(_model_files(hashes))
+
+
+def _model_files(hashes: Mapping[str, str]) -> dict[str, str]:
+    """A merged artifact's manifest holds times and is no part of the model."""
+    return {name: value for name, value in hashes.items() if name.endswith(MODEL_SUFFIXES) and name != MANIFEST}
 
 
 def local_base_model(config: BaseModelConfig, commit: str | None) -> Path:

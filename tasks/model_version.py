@@ -12,12 +12,13 @@ from mlflow.exceptions import MlflowException
 from prefect.context import FlowRunContext
 
 from sft_core.artifacts import Manifest
+from sft_core.base_model import base_fingerprint
 from sft_core.lineage.card import model_card
 from sft_core.register import Verdict
 from sft_core.register.stored import stored_manifest
 from sft_core.steps import Retraining
 from tasks.model_files import COPY, ModelFolder, log_folder, refer_to
-from tasks.registry import JUDGED_AGAINST, MERGED, PROMOTE, RUN, VERDICT
+from tasks.registry import AS_BASE, JUDGED_AGAINST, MERGED, PROMOTE, RUN, VERDICT
 from tasks.run_step import Job
 from tasks.tracking import client
 
@@ -109,6 +110,7 @@ def _tags(job: Job, run: Retraining) -> dict[str, str]:
     flow = FlowRunContext.get()
     tags = {
         MERGED: plan["merge"].fingerprint,
+        AS_BASE: base_fingerprint({name: file.sha256 for name, file in stored_manifest(run, "merge").files.items()}),
         "sft.retraining": plan.fingerprint,
         "sft.recipe": job.recipe.name,
         "sft.base_model": job.recipe.base_model.path,

@@ -22,6 +22,7 @@ from tasks.registry import (
     find_champion,
     model_folder,
     read_aliases,
+    read_history,
     read_version,
     write_history,
 )
@@ -122,6 +123,12 @@ def move_champion(model_name: str, number: str, champion: RegisteredVersion | No
         client().set_registered_model_alias(model_name, "previous", champion.number)
     client().set_registered_model_alias(model_name, "champion", number)
     write_history(model_name, f"{champion.number if champion else NO_CHAMPION} -> {number}: {why}")
+
+
+def note_move(model_name: str, version: RegisteredVersion) -> None:
+    """The history of a promotion that was interrupted before it wrote that. Under the registry's lock."""
+    if not any(f"-> {version.number}:" in words for _, words in read_history(model_name)):
+        write_history(model_name, f"{version.tags.get(REPLACED, NO_CHAMPION)} -> {version.number}: {version.verdict}")
 
 
 def _set_previous(model_name: str, version: RegisteredVersion) -> None:

@@ -17,16 +17,16 @@ from sft_core.register.stored import Judged, judge_stored
 from sft_core.steps import Retraining
 from tasks.approval import read_approval, request_approval
 from tasks.approval_runs import announce, end_run
+from tasks.challenges import count_challenges, record_challenge
 from tasks.model_files import discard_copy
 from tasks.model_version import create_version, merged_source, verdict_tags, write_card
-from tasks.models import move_champion
+from tasks.models import move_champion, note_move
 from tasks.registry import (
     NO_CHAMPION,
     SETTLED,
     VERDICT_TABLE,
     RegisteredVersion,
     barred_because,
-    count_challenges,
     find_champion,
     find_version,
     model_folder,
@@ -124,7 +124,9 @@ def _settle(
     source, verdict; `existing`: the version's number, if an earlier try got so far."""
     name, (source, verdict) = job.recipe.model_name, judged
     number = existing or create_version(job, run, source, verdict, standing.number)
-    if standing.champion is None or standing.champion.number != number:  # else: promoted, and then interrupted
+    if standing.champion is not None and standing.champion.number == number:  # promoted, and then interrupted
+        note_move(name, standing.champion)
+    else:
         _move_aliases(job, run, number, verdict, standing)
     client().set_model_version_tag(name, number, SETTLED, "true")
     get_run_logger().info("register: %s version %s %s", name, number, verdict.words)
@@ -134,6 +136,7 @@ def _settle(
 def _move_aliases(job: Job, run: Retraining, number: str, verdict: Verdict, standing: Standing) -> None:
     """`candidate` is the newest version judged; `champion` moves only through the gate, `previous` follows it."""
     name = job.recipe.model_name
+    record_challenge(name, standing.champion, job.plan["merge"].fingerprint)
     for tag, value in verdict_tags(verdict, standing.number).items():
         client().set_model_version_tag(name, number, tag, value)
     write_card(job, run, number, verdict)

@@ -23,6 +23,8 @@ PROMOTE = "sft.promote"
 JUDGED_AGAINST = "sft.judged_against"
 """Number of the champion that the version was judged against, or NO_CHAMPION."""
 NO_CHAMPION = "none"
+AS_BASE = "sft.as_base_model"
+"""What the version's files are called as a base model (`sft_core.base_model`): a model tuned from a copy names it."""
 SETTLED = "sft.settled"
 """Set after the aliases were moved: nothing of the version's registration is left to do."""
 REPLACED = "sft.replaced"
@@ -62,6 +64,12 @@ def find_version(model_name: str, merged_fingerprint: str) -> RegisteredVersion 
     query = f"name = '{model_name}' and tags.`{MERGED}` = '{merged_fingerprint}'"
     found = client().search_model_versions(query)
     return read_version(model_name, min((v.version for v in found), key=int)) if found else None
+
+
+def find_tagged(tag: str, value: str) -> tuple[str, RegisteredVersion] | None:
+    """Name and version of the first one, of any registered model, that has this tag."""
+    entry = next(_search(f"tags.`{tag}` = '{value}'"), None)
+    return (str(entry.name), read_version(entry.name, str(entry.version))) if entry is not None else None
 
 
 def find_champion(model_name: str) -> RegisteredVersion | None:
@@ -117,11 +125,14 @@ def read_aliases(model_name: str) -> dict[str, str]:
         raise
 
 
-def count_challenges(model_name: str, champion: RegisteredVersion | None, merged_fingerprint: str) -> int:
-    """How many other models were judged against this champion (or, before the first one, against the base)."""
-    number = champion.number if champion is not None else NO_CHAMPION
-    found = _search(f"name = '{model_name}' and tags.`{JUDGED_AGAINST}` = '{number}'")
-    return sum(entry.tags.get(MERGED) != merged_fingerprint for entry in found)
+def read_model_tags(model_name: str) -> dict[str, str]:
+    """Tags of the registered model itself; empty where there is no such model."""
+    try:
+        return dict(client().get_registered_model(model_name).tags)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return {}
+        raise
 
 
 def model_folder(model_name: str, registered: RegisteredVersion) -> Path:
@@ -137,13 +148,7 @@ def bar(model_name: str, version: RegisteredVersion, reason: str) -> None:
 
 def barred_because(model_name: str, merged_fingerprint: str) -> str | None:
     """Why this merged model was rolled back or rejected, if it was."""
-    try:
-        tags: dict[str, str] = client().get_registered_model(model_name).tags
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return None
-        raise
-    return tags.get(_bar_key(merged_fingerprint))
+    return read_model_tags(model_name).get(_bar_key(merged_fingerprint))
 
 
 def write_history(model_name: str, words: str) -> None:

@@ -60,12 +60,15 @@ def _find_reason(recipe: Recipe, plan: Plan) -> str | None:
         return None
     rows = conversation_row_ids(store, plan["normalize"].fingerprint, "train")
     assert rows is not None, "prepare wrote the conversations of this plan"
-    new = len(frozenset(rows) - frozenset(known))
+    before, now = frozenset(known), frozenset(rows)
+    new, gone = len(now - before), len(before - now)
     if new >= wanted:
         log("new rows: %s since version %s", f"{new:,}", version.number)
         return None
+    removed = f" ({gone:,} were taken out)" if gone else ""
     return (
-        f"{new:,} new rows since version {version.number} of {recipe.model_name}; schedule.min_new_rows is {wanted:,}"
+        f"{new:,} new rows since version {version.number} of {recipe.model_name}{removed}; "
+        f"schedule.min_new_rows is {wanted:,}"
     )
 
 

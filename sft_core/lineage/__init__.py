@@ -6,7 +6,7 @@ In: manifests, recipe and plan as a retraining recorded them; for rows also the 
 from sft_core.lineage.ancestry import Link, Recorded, walk_ancestry
 from sft_core.lineage.difference import Difference, compare_recorded
 from sft_core.lineage.reproduction import Compared, reproduce
-from sft_core.lineage.rows import RowUse, find_row, row_ids_of, trained_row_ids
+from sft_core.lineage.rows import RowUse, is_row_id, row_ids_of, trained_row_ids, use_of_row
 
 __all__ = [
     "Compared",
@@ -15,9 +15,10 @@ __all__ = [
     "Recorded",
     "RowUse",
     "compare_recorded",
-    "find_row",
     "reproduce",
+    "is_row_id",
     "row_ids_of",
     "trained_row_ids",
+    "use_of_row",
     "walk_ancestry",
 ]

@@ -21,10 +21,14 @@ ROW_ID_DIGITS = 32
 
 @dataclass(frozen=True, slots=True)
 class RowUse:
-    """What one retraining did with a row: `trained`, `held out`, `absent`, or `unknown` (its artifacts are gone)."""
+    """What one retraining did with a row: `trained`, `held out`, `absent`, or `unknown` (its artifacts are gone).
+
+    `through`: the version that it is tuned from, and that did so before it; empty if it did so itself.
+    """
 
     use: str
     row_id: str
+    through: str = ""
 
 
 def trained_row_ids(store: Store, pack_fingerprint: str) -> Iterator[str] | None:
@@ -37,15 +41,15 @@ def conversation_row_ids(store: Store, normalize_fingerprint: str, side: str) ->
     return _row_ids(store, "normalize", normalize_fingerprint, side)
 
 
-def find_row(recorded: Recorded, store: Store, row: str) -> list[RowUse]:
-    """What became of a row: a row_id, or the text of a JSON row (read by each map_fn of the recipe)."""
-    return [RowUse(_use(recorded, store, row_id), row_id) for row_id in row_ids_of(recorded.recipe, row)]
+def is_row_id(text: str) -> bool:
+    """Whether a text is a row_id, not a row."""
+    return len(text.strip()) == ROW_ID_DIGITS and set(text.strip()) <= set("0123456789abcdef")
 
 
 def row_ids_of(recipe: Mapping[str, Any], row: str) -> list[str]:
     """row_ids that a row may have: itself, if it is one, else one for each map_fn that reads it. DataError if none."""
     text = row.strip()
-    if len(text) == ROW_ID_DIGITS and set(text) <= set("0123456789abcdef"):
+    if is_row_id(text):
         return [text]
     try:
         value = json.loads(text)
@@ -69,7 +73,8 @@ def row_ids_of(recipe: Mapping[str, Any], row: str) -> list[str]:
     return list(found)
 
 
-def _use(recorded: Recorded, store: Store, row_id: str) -> str:
+def use_of_row(recorded: Recorded, store: Store, row_id: str) -> str:
+    """What became of a row: a use as of `RowUse`."""
     plan = recorded.plan["steps"]
     trained = trained_row_ids(store, plan["pack"]["fingerprint"])
     if trained is None:

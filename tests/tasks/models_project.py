@@ -100,8 +100,8 @@ def registry(built_project: Path, tmp_path: Path) -> Iterator[MlflowClient]:
 
 
 @pytest.fixture
-def empty_registry(tmp_path: Path) -> Iterator[MlflowClient]:
-    yield from connected(tmp_path / "mlflow.db")
+def empty_registry(empty_database: Path, tmp_path: Path) -> Iterator[MlflowClient]:
+    yield from connected(shutil.copyfile(empty_database, tmp_path / "mlflow.db"))
 
 
 def connected(where: Path | str) -> Iterator[MlflowClient]:

@@ -50,10 +50,10 @@ def merged(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def client(merged: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowClient]:
+def client(merged: Path, empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowClient]:
     """A registry with that model as champion."""
     folder = tmp_path_factory.mktemp("registry")
-    for client in connected(folder / "mlflow.db"):
+    for client in connected(shutil.copyfile(empty_database, folder / "mlflow.db")):
         experiment = client.create_experiment("served", artifact_location=(folder / "artifacts").as_uri())
         run = client.create_run(experiment)
         source = log_folder(ModelFolder(merged, "f" * 64, "served", 5), run.info.run_id)

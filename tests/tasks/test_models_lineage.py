@@ -12,11 +12,15 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from sft_core.artifacts import StoredFile
+from sft_core.base_model import describe_base_model
 from sft_core.errors import DataError
-from sft_core.lineage import Recorded, compare_recorded, find_row, reproduce, walk_ancestry
+from sft_core.lineage import Recorded, compare_recorded, reproduce, row_ids_of, use_of_row, walk_ancestry
+from sft_core.recipe import BaseModelConfig
 from sft_core.store import Store
+from tasks import lineage
 from tasks.lineage import find_row_uses, read_recorded, read_trained_rows
-from tasks.registry import read_version
+from tasks.registry import RegisteredVersion, read_version
+from tasks.tracking import download_model
 from tests.tasks.models_project import built_project, registry, row
 
 __all__ = ["built_project", "registry"]
@@ -70,12 +74,51 @@ def test_a_row_leads_to_the_versions_trained_on_it(registry: MlflowClient) -> No
 
 
 def test_a_row_of_artifacts_that_are_gone_is_not_called_absent(registry: MlflowClient, tmp_path: Path) -> None:
-    (use,) = find_row(recorded_of("1"), Store(str(tmp_path)), row_id(20))
-    assert use.use == "unknown"
+    assert use_of_row(recorded_of("1"), Store(str(tmp_path)), row_id(20)) == "unknown"
     with pytest.raises(DataError, match=r"no map_fn of the recipe orders reads this row: .*KeyError"):
-        find_row(recorded_of("1"), Store(str(tmp_path)), '{"text": "hi"}')
+        row_ids_of(recorded_of("1").recipe, '{"text": "hi"}')
     with pytest.raises(DataError, match="neither a row_id"):
-        find_row(recorded_of("1"), Store(str(tmp_path)), "say w1")
+        row_ids_of(recorded_of("1").recipe, "say w1")
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_version_tuned_from_another_was_trained_on_its_rows_too(registry: MlflowClient, copied: bool) -> None:
+    """Version 2 says that version 1's merged model was its base: in the store, or a copy of its files elsewhere."""
+    uses = {number: find_row_uses("orders", row_id(number)) for number in range(5)}
+    (number, _) = next((n, found) for n, found in uses.items() if [u.use for _, u in found] == ["trained", "absent"])
+    first = registry.get_model_version("orders", "1")
+    if copied:
+        folder = Path(download_model("models:/orders/1"))
+        fingerprint = describe_base_model(BaseModelConfig(path=str(folder))).fingerprint
+        assert fingerprint == first.tags["sft.as_base_model"]
+        registry.set_model_version_tag("orders", "2", "sft.base_model_fingerprint", fingerprint)
+    else:
+        registry.set_model_version_tag("orders", "2", "sft.base_model", f"/s/merge/{first.tags['sft.merge']}")
+    use = {version.number: use for version, use in find_row_uses("orders", json.dumps(row(number)))}["2"]
+    assert (use.use, use.through) == ("trained", "orders/1")
+
+
+def test_a_recipe_that_reads_the_row_names_it_for_those_that_do_not(
+    registry: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Version 1's map_fn reads another kind of row; the command still answers for both."""
+    read = lineage.read_recorded
+
+    def read_other(model_name: str, version: RegisteredVersion) -> Recorded:
+        recorded = read(model_name, version)
+        other = {**recorded.recipe, "datasets": [{**d, "map_fn": "alpaca"} for d in recorded.recipe["datasets"]]}
+        return replace(recorded, recipe=other) if version.number == "1" else recorded
+
+    expected = find_row_uses("orders", row_id(20))
+    monkeypatch.setattr(lineage, "read_recorded", read_other)
+    assert find_row_uses("orders", json.dumps(row(20))) == expected
+
+
+def test_a_version_whose_record_is_gone_is_unknown_and_the_others_answer(registry: MlflowClient) -> None:
+    expected = find_row_uses("orders", row_id(20))[1]
+    registry.set_model_version_tag("orders", "1", "sft.mlflow_run_id", "0" * 32)
+    (_, first), second = find_row_uses("orders", json.dumps(row(20)))
+    assert (first.use, second) == ("unknown", (read_version("orders", "2"), expected[1]))
 
 
 def test_the_difference_of_two_versions(registry: MlflowClient) -> None:

@@ -9,6 +9,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from sft_core.errors import RegistryError
+from sft_core.pack import IGNORE_INDEX, encode_messages, load_chat_template
 from tasks import registry_lock
 from tasks.registry import read_versions
 from tests.tasks.models_project import (
@@ -81,7 +82,7 @@ def version_of(built: Path, number: str) -> dict[str, str]:
 
 def test_the_adapter_of_a_version_loads_with_peft(registry: MlflowClient) -> None:
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     version = registry.get_model_version_by_alias("orders", "champion")
     adapter = mlflow.artifacts.download_artifacts(f"runs:/{version.run_id}/adapter")
@@ -91,6 +92,16 @@ def test_the_adapter_of_a_version_loads_with_peft(registry: MlflowClient) -> Non
     ]
     assert norms
     assert min(norms) > 0
+    asked = [{"role": "user", "content": "say w1"}]
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
+    trained = encode_messages(
+        [*asked, {"role": "assistant", "content": "w1", "weight": 1}],
+        AutoTokenizer.from_pretrained(version.tags["sft.base_model"]),
+        load_chat_template("chatml"),
+    )
+    start = next(i for i, label in enumerate(trained.labels) if label != IGNORE_INDEX)
+    assert prompt == list(trained.input_ids[:start])
 
 
 def test_a_version_names_all_that_it_rests_on(registry: MlflowClient, built_project: Path) -> None:

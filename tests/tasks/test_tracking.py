@@ -1,6 +1,7 @@
 """MLflow runs on a real SQLite store: found again by fingerprint, never left RUNNING, recorded once."""
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,9 +22,9 @@ RECIPE: dict[str, Any] = {"name": "t", "base_model": {"path": "b"}, "datasets": 
 
 
 @pytest.fixture
-def client(tmp_path: Path) -> Iterator[MlflowClient]:
+def client(tmp_path: Path, empty_database: Path) -> Iterator[MlflowClient]:
     before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.set_tracking_uri(f"sqlite:///{shutil.copyfile(empty_database, tmp_path / 'mlflow.db')}")
     tracking.client.cache_clear()
     yield tracking.client()
     mlflow.set_tracking_uri(before)

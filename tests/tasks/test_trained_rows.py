@@ -83,5 +83,5 @@ def test_rows_that_the_store_has_no_more_are_told_of(job: Job) -> None:
     own = set(rows_known_to_judged(job, champion(pack="0" * 64), said.append))
     assert own == side(retraining(job).folder("normalize"), "train")
     assert said == [
-        f"register: the packed rows of version 7 are not in {job.recipe.store}; none of them is left out for it"
+        f"register: the packed rows of orders version 7 are not in {job.recipe.store}; none of them is left out for it"
     ]
