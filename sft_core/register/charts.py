@@ -59,9 +59,12 @@ def line_chart(curves: Mapping[str, Sequence[Point]], x_label: str, y_label: str
         _text(LEFT - 6, TOP + 10, f"{high:.3g}", "end"),
         _text(WIDTH - RIGHT, TOP + 10, y_label, "end"),
     ]
-    for number, (name, points) in enumerate(drawn.items()):
+    for number, name in enumerate(curves):
+        if name not in drawn:
+            continue
+        points = drawn[name]
         line = " ".join(placed(x, y) for x, y in points)
-        kind, y = f"curve c{number % COLOURS}", TOP + 10 + LINE * (number + 1)
+        kind, y = f"curve c{number % COLOURS}", TOP + 10 + LINE * (list(drawn).index(name) + 1)
         parts.append(Markup(f'<polyline class="{kind}" points="{line}"/>'))
         parts.append(Markup(f'<path class="{kind}" d="M{WIDTH - RIGHT - 24} {y - 4}h24"/>'))
         parts.append(_text(WIDTH - RIGHT - 30, y, name, "end"))

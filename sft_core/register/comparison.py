@@ -18,6 +18,8 @@ from sft_core.register.statistics import gain_found, interval, p_value
 
 TOKEN_METRICS = frozenset({"loss", "token_accuracy"})
 """Mean nothing across tokenizers or templates."""
+SHARES = frozenset({"token_accuracy", "exact_match", "rouge_l"})
+"""Between 0 and 1."""
 CONFIDENCE = 0.95
 POWER = 0.8
 
@@ -64,6 +66,15 @@ class Paired:
         """Some of the rows."""
         scores = tuple(score for score, here in zip(self.scores, chosen, strict=True) if here)
         return Paired(self.metric, scores, self.tuned[chosen], self.other[chosen], self.weight[chosen])
+
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of `mean_gain`, within what the metric can be; infinite where a value is not finite."""
+        if not np.isfinite(self.gain).all():
+            return -np.inf, np.inf
+        low, high = interval(self.gain, self.weight, CONFIDENCE)
+        if METRICS[self.metric].lower_is_better:
+            return low, min(high, float(self.other.sum() / self.weight.sum()))  # no loss is below zero
+        return (max(low, -1.0), min(high, 1.0)) if self.metric in SHARES else (low, high)
 
     @property
     def mean_gain(self) -> float:
@@ -133,7 +144,7 @@ def compare(against: str, paired: Paired, excluded: int, terms: Terms) -> Compar
     """Test that the tuned model is better by more than the margin."""
     metric, total = METRICS[paired.metric], float(paired.weight.sum())
     finite = bool(np.isfinite(paired.gain).all())
-    low, high = interval(paired.gain, paired.weight, CONFIDENCE) if finite else (-np.inf, np.inf)
+    low, high = paired.interval()
     other = float(paired.other.sum() / total)
     detectable = gain_found(paired.gain, paired.weight, terms.level, POWER) if finite else np.inf
     margin = terms.margin * (abs(other) if metric.lower_is_better else 1.0)

@@ -93,7 +93,8 @@ def _losses(training: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
         (logged[end][0], fmean(loss for _, loss in logged[max(0, end + 1 - width) : end + 1]))
         for end in range(len(logged))
     ]
-    return {"training": logged, f"training, mean of {width}": mean if width > 1 else [], "held out": held_out}
+    smoothed = f"training, mean of {width}" if width > 1 else "training"
+    return {"training, as logged": logged if width > 1 else [], smoothed: mean, "held out": held_out}
 
 
 def _unit(metric: str) -> str:

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft_core.evaluate.report import METRICS, Score
-from sft_core.register.comparison import CONFIDENCE, Paired
-from sft_core.register.statistics import gain_found, interval, p_value, symmetric_p
+from sft_core.register.comparison import Paired
+from sft_core.register.statistics import gain_found, p_value, symmetric_p
 
 MIN_ROWS = 20
 """Smaller slices are shown and not judged."""
@@ -89,7 +89,7 @@ def _judge(name: str, part: Paired, margin: float, shared_level: float) -> Slice
     relative = METRICS[part.metric].lower_is_better
     unit = abs(float(part.other.sum() / part.weight.sum())) if relative else 1.0
     finite = bool(np.isfinite(part.gain).all())
-    low, high = interval(part.gain, part.weight, CONFIDENCE) if finite else (-np.inf, np.inf)
+    low, high = part.interval()
     proved = p_value(part.shifted(-margin)) <= LEVEL
     harmed = symmetric_p(-part.shifted(-margin)) <= shared_level  # the keener test: in doubt the champion stays
     large = not finite or margin * unit >= gain_found(part.gain, part.weight, LEVEL, 1 - shared_level)

@@ -135,6 +135,14 @@ def test_exact_match_is_judged_by_the_rows_that_changed() -> None:
     assert (comparison.tuned, comparison.other) == (0.75, 0.5)
 
 
+def test_an_interval_ends_where_the_metric_does() -> None:
+    tuned, base = report([0.01] * 20, [True] * 19 + [False]), report([1.0 + i / 10 for i in range(20)], [False] * 20)
+    match = judge(tuned, base, None, EXACT).comparisons[0]
+    loss = judge(tuned, base, None, Terms()).comparisons[0]
+    assert 0.6 < match.low < match.gain == 0.95 < match.high == 1.0
+    assert loss.low < loss.gain < loss.high <= loss.other
+
+
 def test_models_that_read_differently_are_compared_in_bits_a_byte() -> None:
     tuned, base = report([1.0] * 20), report([2.0] * 20)
     other = EvaluationReport(tuple(replace(s, encoding="other", tokens=s.tokens * 3) for s in base.scores))

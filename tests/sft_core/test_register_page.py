@@ -137,3 +137,5 @@ def test_loss_curves_are_as_logged_smoothed_and_held_out() -> None:
     assert "training, mean of 10" in shown
     heights = {point.split(",")[1] for point in curves[1][1].split()[10:]}
     assert heights == {"100.0"}  # half-way between 2 and 3: 190 and 10
+    few = render_page(replace(material(), training=training[:5]))
+    assert re.findall(r'<polyline class="curve (c\d)"', few) == ["c1"]  # nothing to smooth: one line, in full colour
