@@ -70,6 +70,7 @@ def run(spec: Any, heart: Any, ddp_timeout: float) -> int:
     from sft_core.train.arguments import training_arguments
     from sft_core.train.attention import use_packed_attention
     from sft_core.train.best import stopped_early
+    from sft_core.train.checkpoints import step_of
     from sft_core.train.evaluation import open_evaluation
     from sft_core.train.loss import choose_loss
     from sft_core.train.model import load_trainable
@@ -108,8 +109,8 @@ def run(spec: Any, heart: Any, ddp_timeout: float) -> int:
     trainer.across = across_ranks(config.sequence_parallel_size)
     resume = _newest_checkpoint(spec, arguments)
     log.start(resume, speaks=arguments.process_index == 0)
-    if resume and stopped_early(resume, config.early_stopping_patience):
-        return 0
+    if resume and (step_of(resume) >= max_steps or stopped_early(resume, config.early_stopping_patience)):
+        return 0  # it was killed before its result was taken; the Trainer would take one step more
     if config.eval_steps is not None:
         trainer.add_callback(open_evaluation(spec, trainer, packed, max_steps))
     trainer.add_callback(pulse)  # last: it looks at what the others ask for

@@ -19,6 +19,7 @@ from pathlib import Path
 from sft_core.errors import TrainError
 from sft_core.recipe import TrainConfig
 from sft_core.train.checkpoints import Mark, read_mark, step_of
+from sft_core.train.zero import deepspeed_config, zero_stage
 
 RESIZED = "resized"
 """Folder beside the checkpoints; only while a run begins from there."""
@@ -27,7 +28,7 @@ OF_EACH_RANK = ("rng_state*", "global_step*", "latest", "complete")
 
 def going_on(checkpoint: Path, config: TrainConfig, num_processes: int) -> tuple[TrainConfig, bool]:
     """`config` for a run of `num_processes` ranks that begins at `checkpoint`, and whether that has to be resized.
-    TrainError where an optimizer step's rows cannot be shared evenly."""
+    TrainError where an optimizer step's rows cannot be shared evenly, and under ZeRO-3."""
     mark = read_mark(checkpoint)
     assert mark is not None, "only complete checkpoints come here"
     sharing = num_processes // config.sequence_parallel_size
@@ -39,8 +40,14 @@ def going_on(checkpoint: Path, config: TrainConfig, num_processes: int) -> tuple
             f"{num_processes} ranks cannot share them evenly, and another number would be another run. Set "
             f"train.num_processes to one of {fits}, or delete {checkpoint.parent} to begin anew"
         )
-    section = config.model_copy(update={"gradient_accumulation_steps": micro_batches // sharing})
-    return section, mark.world_size != num_processes
+    resizes = mark.world_size != num_processes
+    if resizes and zero_stage(deepspeed_config(config)) == 3:
+        raise TrainError(
+            f"{checkpoint} was written by {mark.world_size} ranks, this run has {num_processes}: going on with another "
+            f"number was proved under ZeRO-1 and 2, not under ZeRO-3. Set train.num_processes: {mark.world_size}, or "
+            f"delete {checkpoint.parent} to begin anew"
+        )
+    return config.model_copy(update={"gradient_accumulation_steps": micro_batches // sharing}), resizes
 
 
 def divisors(number: int) -> list[int]:

@@ -16,7 +16,7 @@ from sft_core.train import TrainInputs, train_adapter
 from sft_core.train.checkpoints import COMPLETE, Counts, keep_newest, mark_complete, newest_complete, read_mark
 from sft_core.train.metrics import read_metrics
 from sft_core.train.world_size import going_on
-from tests.sft_core.train_runs import child_of, config, losses, train, weights_hash
+from tests.sft_core.train_runs import child_of, config, losses, train, train_here, weights_hash
 
 LAST = 30
 """Optimizer steps; five kills use up fewer."""
@@ -78,6 +78,18 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(
 
 
 @pytest.mark.slow
+def test_a_run_killed_after_its_last_checkpoint_takes_no_step_more(
+    packed: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The data would last for more steps than `max_steps`."""
+    section = config(max_steps=2, num_train_epochs=9)
+    expected = train_here(packed, tiny_model, tmp_path / "run", section)
+    again = train_here(packed, tiny_model, tmp_path / "run", section)
+    assert losses(again) == losses(expected)
+    assert [path.name for path in (tmp_path / "run" / "work").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["zero3", "whole model"])
 def test_other_methods_resume_to_the_same_bytes(method: str, packed: Path, tiny_model: Path, tmp_path: Path) -> None:
     section = METHODS[method]
@@ -117,6 +129,9 @@ def test_ranks_that_cannot_share_a_step_s_rows_are_refused_before_anything_start
     three = CONFIG.model_copy(update={"num_processes": 3})
     with pytest.raises(TrainError, match=r"written by 4 ranks, 8 micro-batches .*num_processes to one of 1, 2, 4, 8"):
         train_adapter(inputs, three, 7, tmp_path / "out")
+    two = CONFIG.model_copy(update={"num_processes": 2, "deepspeed": "zero3"})
+    with pytest.raises(TrainError, match=r"by 4 ranks, this run has 2: .*not under ZeRO-3. Set train.num_processes: 4"):
+        train_adapter(inputs, two, 7, tmp_path / "out")
     assert not (tmp_path / "work" / "train.log").exists()
 
 

@@ -1,6 +1,7 @@
 """Real training runs at toy size, for the tests of train: a run's section, its start, its losses and its weights."""
 
 import hashlib
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -79,7 +80,7 @@ def train_here(packed: Path, model: Path, folder: Path, section: TrainConfig) ->
     stake, several seconds of imports are saved. The folder of what would be the artifact."""
     assert section.deepspeed is None
     work, stop = folder / "work", signal.getsignal(signal.SIGTERM)
-    work.mkdir(parents=True)
+    work.mkdir(parents=True, exist_ok=True)
     spec = TrainSpec(
         packed=str(packed),
         base_model=str(model),
@@ -98,6 +99,7 @@ def train_here(packed: Path, model: Path, folder: Path, section: TrainConfig) ->
         signal.signal(signal.SIGTERM, stop)
     checkpoint = newest_complete(work)
     assert checkpoint is not None
+    shutil.rmtree(folder / "out", ignore_errors=True)
     copy_result(checkpoint, work, folder / "out")
     return folder / "out"
 
