@@ -18,7 +18,7 @@ demo: $(READY)  ## the main job on CPU: raw rows to a registered model, about tw
 	$(BIN)/python -m demo
 
 test: $(READY)  ## all tests that need no server of their own
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/services
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/services
 
 test-services: $(READY)  ## real servers: Prefect, MLflow, PostgreSQL, S3, a browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/services
