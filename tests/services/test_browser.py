@@ -72,8 +72,8 @@ def test_the_form_starts_a_run_whose_progress_moves_while_it_trains(stack: Stack
     artifact = wait_until(lambda: find_progress(stack, run_id), RUN_SECONDS)
     page.goto(f"{stack.prefect_url}/artifacts/artifact/{artifact}")
     first = wait_until(lambda: read_progress(page), PAGE_SECONDS)
-    picture(page, "progress")
     later = wait_until(lambda: (now := read_progress(page)) != first and now, RUN_SECONDS)
+    picture(page, "progress")
     assert 0 <= first[0] < later[0] <= 100  # the page rounds 1 of 400 to 0%
     assert 1 <= first[1] < later[1] <= STEPS
 
