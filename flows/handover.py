@@ -134,7 +134,7 @@ def _wait(client: SyncPrefectClient, run: FlowRun) -> FlowRun:
     at once; the hook, which does it too, has a process to start first."""
     try:
         return _wait_final(client, run)
-    except BaseException:
+    except BaseException:  # also the signal of a cancellation; raised again below
         me = client.read_flow_run(UUID(str(this_run.id)))
         if me.state is not None and me.state.is_cancelling():
             cancel_parts(me.id)

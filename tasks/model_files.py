@@ -61,7 +61,7 @@ def log_folder(folder: ModelFolder, run_id: str) -> str:
     created = client().create_logged_model(experiment_id, name=MODEL, source_run_id=run_id, tags=tags)
     try:
         _upload(folder, created, run_id)
-    except BaseException:
+    except BaseException:  # also the signal of a cancellation: raised again below
         with suppress(MlflowException):  # what is half there is no model: `mlflow gc` may have it
             client().delete_logged_model(created.model_id)
         raise

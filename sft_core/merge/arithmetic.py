@@ -45,17 +45,6 @@ def rows_at_a_time(edit: Edit) -> int:
     return shape[0] if needs_all_rows(edit) else max(1, CHUNK_ELEMENTS // max(1, math.prod(shape[1:])))
 
 
-def can_overflow(edit: Edit) -> bool:
-    """False if no finite weight of the base can become infinite: in bf16 and fp32 the largest number has a unit in the
-    last place of 2**104 or more, so that adding less than 2**100 leaves it where it is.
-    """
-    update = edit.update
-    if update is None or update.magnitude is not None or edit.place.dtype == torch.float16:
-        return True
-    largest = float(update.left.abs().max()) * float(update.right.abs().max())
-    return not largest * update.left.shape[1] < 2.0**100
-
-
 def add_rows(edit: Edit, first: int, rows: torch.Tensor, out: torch.Tensor, space: Workspace) -> None:
     """Put the merged form of `rows`, which start at row `first` of the weight, into `out` of the base's dtype."""
     update = edit.update
@@ -75,5 +64,6 @@ def check_finite(name: str, rounded: torch.Tensor) -> None:
     """ModelError unless all values are finite, as they will be stored."""
     if not all_finite(rounded):
         raise ModelError(
-            f"base: {name}: the merged weight overflows {rounded.dtype}; save the base as bfloat16 or float32"
+            f"base: {name}: the merged weight overflows {rounded.dtype}, or the base holds NaN or infinity there; save a "
+            "sound base as bfloat16 or float32"
         )

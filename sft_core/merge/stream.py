@@ -22,7 +22,6 @@ from sft_core.errors import ModelError
 from sft_core.merge.arithmetic import (
     Workspace,
     add_rows,
-    can_overflow,
     check_finite,
     needs_all_rows,
     rows_at_a_time,
@@ -132,7 +131,7 @@ def _next_jobs(untaken: deque[deque[_Job]], files: list[deque[_Job]]) -> Iterato
 
 def _write_tensor(job: _Job, space: Workspace, compute_dtype: torch.dtype) -> MergeCount:
     slot, edit = job.slot, job.edit
-    changed, looked_at = False, not edit.copied and can_overflow(edit)
+    changed = False
     with job.file.open("r+b", buffering=0) as file:
         if edit.copied and _copied_by_kernel(job, file):
             return MergeCount(total=1)
@@ -145,8 +144,7 @@ def _write_tensor(job: _Job, space: Workspace, compute_dtype: torch.dtype) -> Me
                     add_rows(edit, first, rows, result, space)
                 else:
                     result.copy_(rows)
-                if looked_at:
-                    check_finite(slot.name, result)
+                check_finite(slot.name, result)
                 changed = changed or _differ(result, rows.to(slot.dtype))
             view = result.reshape(-1).view(torch.uint8).numpy().data
             while len(view):

@@ -46,7 +46,7 @@ def mirroring(mirror: "Mirror | None", lease: Lease, on_line: Callable[[str], No
 
     try:
         yield hear
-    except BaseException:
+    except BaseException:  # also a cancelled flow's signal and Ctrl-C: raised again below
         if sender is not None:
             sender.end(send=True)  # what was saved last: another machine goes on from it
         raise

@@ -1,6 +1,7 @@
 """The bound that `sft_core/merge/arithmetic.py` states, element by element: to the exact sum, and to PEFT's merge."""
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sft_core.errors import ModelError
 from sft_core.merge import MergeOptions, arithmetic, merge_adapter
-from sft_core.merge.adapter import Update
-from sft_core.merge.placing import Edit
-from sft_core.merge.shards import Place
 
 FULL = MergeOptions(base="full")
 UNIT = 2.0**-24
@@ -108,21 +106,16 @@ def test_a_sum_that_its_dtype_cannot_hold_is_refused(dtype: torch.dtype) -> None
             arithmetic.check_finite("w", over.to(dtype))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "size", "answer"),
-    [
-        (torch.bfloat16, 2.0**40, False),
-        (torch.bfloat16, 2.0**50, True),
-        (torch.bfloat16, math.nan, True),
-        (torch.float32, 2.0**40, False),
-        (torch.float16, 1.0, True),
-    ],
-)
-def test_what_cannot_overflow_is_not_looked_at(dtype: torch.dtype, size: float, answer: bool) -> None:
-    place = Place(Path("w"), 0, dtype, (2, 2))
-    update = Update(left=torch.full((2, 1), -size), right=torch.full((1, 2), size))
-    assert arithmetic.can_overflow(Edit(place=place, update=update)) is answer
-    largest = torch.full((2, 2), torch.finfo(dtype).max, dtype=dtype)
-    out = torch.empty_like(largest)
-    arithmetic.add_rows(Edit(place=place, update=update), 0, largest, out, arithmetic.Workspace())
-    assert answer or bool(out.isfinite().all())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_base_that_is_not_finite_where_it_is_merged_is_refused(
+    base: Path, adapter: Callable[..., Path], tmp_path: Path, dtype: torch.dtype, value: float
+) -> None:
+    folder, torn = adapter(r=2, lora_alpha=4), tmp_path / "torn"
+    shutil.copytree(base, torn)
+    weights = {name: tensor.to(dtype) for name, tensor in load_file(base / "model.safetensors").items()}
+    name = next(name for name in weights if "q_proj" in name)
+    weights[name][-1, -1] = value
+    save_file(weights, torn / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=f"base: {name}: .* holds NaN or infinity there"):
+        merge_adapter(torn, folder, tmp_path / "out", FULL)
