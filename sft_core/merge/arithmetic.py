@@ -64,6 +64,6 @@ def check_finite(name: str, rounded: torch.Tensor) -> None:
     """ModelError unless all values are finite, as they will be stored."""
     if not all_finite(rounded):
         raise ModelError(
-            f"base: {name}: the merged weight overflows {rounded.dtype}, or the base holds NaN or infinity there; save a "
-            "sound base as bfloat16 or float32"
+            f"base: {name}: the merged weight overflows {rounded.dtype}, or the base holds NaN or infinity there; save "
+            "a sound base as bfloat16 or float32"
         )
