@@ -4,6 +4,8 @@ In: made rows of two data sets (one-turn and several turns, weighted), a tiny ra
 training below the SHA-256 of what an uninterrupted `sft train` left, then the same command killed with SIGKILL at
 moments drawn from a seed (half of them from the start of the process on, half after a line of progress), the rank or
 `sft train` itself, until the kills are used up; a line a kill, a table last. Exit status 1 if a digest differs.
+`--sigterm`: asked to stop instead, and the seconds until it has ended; with `--accumulation 400`, an optimizer step
+takes as long as on a real model.
 """
 
 import argparse
@@ -31,6 +33,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "lora plain": {"quantization": "none", "deepspeed": None},
     "full plain": {"quantization": "none", "deepspeed": None, "lora": None},
     "lora zero3": {"quantization": "none", "deepspeed": "zero3"},
+    "qlora zero2, 2 ranks": {"num_processes": 2},
 }
 LATEST = 1.0
 """Seconds from a line of progress to the kill at most: several optimizer steps and their checkpoints."""
@@ -38,11 +41,12 @@ LATEST = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """Where the run was when it was killed. `torn`: it was writing a checkpoint."""
+    """Where the run was when it was killed. `torn`: it was writing a checkpoint. `seconds`: until all had ended."""
 
     whom: str
     step: int
     torn: bool
+    seconds: float
 
 
 def main() -> None:
@@ -51,6 +55,8 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=6, help="of each way of training")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps")
+    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches of an optimizer step")
+    parser.add_argument("--sigterm", action="store_true", help="ask sft train to stop, rather than kill")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -59,19 +65,23 @@ def main() -> None:
         model = make_inputs(Path(name))
         for way in options.ways:
             folder = Path(name) / way.replace(" ", "-")
-            recipe = write_recipe(folder, model, WAYS[way], options.steps)
+            recipe = write_recipe(folder, model, WAYS[way], options.steps, options.accumulation)
             clock = time.monotonic()
             expected = ended(recipe, folder / "straight")
             seconds = time.monotonic() - clock
-            kills = [kill(recipe, folder / "killed", draw, seconds) for _ in range(options.kills)]
-            found = ended(recipe, folder / "killed")
+            killed = folder / "killed"
+            kills = [kill(recipe, killed, draw, seconds, options.sigterm) for _ in range(options.kills)]
+            found = ended(recipe, killed)
             equal = equal and found == expected
             torn, whom = sum(kill.torn for kill in kills), Counter(kill.whom for kill in kills)
             steps = ", ".join(str(kill.step) for kill in kills)
             verdict = "equal" if found == expected else f"DIFFERS: {found}"
             table.append(f"{way:12} {len(kills)} kills ({dict(whom)}, at steps {steps}; {torn} while saving)")
+            if options.sigterm:
+                times = ", ".join(f"{kill.seconds:.1f}" for kill in kills)
+                table.append(f"{'':12} ended after {times} s; a step takes about {seconds / options.steps:.1f} s")
             table.append(f"{'':12} {expected[:16]}... {verdict}")
-            print("\n".join(table[-2:]), flush=True)
+            print("\n".join(table[-3 if options.sigterm else -2 :]), flush=True)
     print("\n".join(["", *table]))
     sys.exit(0 if equal else 1)
 
@@ -97,11 +107,17 @@ def asked(text: str, draw: random.Random) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"q {text}"}, {"role": "assistant", "content": "a" * draw.randint(1, 40)}]
 
 
-def write_recipe(folder: Path, model: Path, changes: dict[str, Any], steps: int) -> Path:
+def write_recipe(folder: Path, model: Path, changes: dict[str, Any], steps: int, accumulation: int) -> Path:
     """Packed rows of both files, one of them weighted, so that each epoch draws anew."""
     data = folder.parent
-    train = {"lora": LORA, "dtype": "float32", "num_train_epochs": 2 * steps, "max_steps": steps, "save_steps": 1}
-    train |= {"gradient_accumulation_steps": 2, "learning_rate": 1e-2, "logging_steps": 1}
+    train = {
+        "lora": LORA,
+        "dtype": "float32",
+        "num_train_epochs": steps * accumulation,
+        "max_steps": steps,
+        "save_steps": 1,
+    }
+    train |= {"gradient_accumulation_steps": accumulation, "learning_rate": 1e-2, "logging_steps": 1}
     recipe = {
         "name": "kills",
         "base_model": {"path": str(model)},
@@ -136,10 +152,13 @@ def ended(recipe: Path, store: Path) -> str:
     return hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
-def kill(recipe: Path, store: Path, draw: random.Random, seconds: float) -> Kill:
-    """Start the command and kill it, or its rank, once. `seconds`: what a whole run takes."""
+def kill(recipe: Path, store: Path, draw: random.Random, seconds: float, sigterm: bool) -> Kill:
+    """Start the command and kill it, or its rank, once. `seconds`: what a whole run takes. `sigterm`: ask it to stop
+    after it has said something."""
     whom, by_line = draw.choice(("rank", "sft train")), draw.random() < 0.5
     lines, delay = draw.randint(1, 3), draw.uniform(0, LATEST if by_line else 0.8 * seconds)
+    if sigterm:
+        whom, by_line, lines, delay = "sft train", True, 1, draw.uniform(0, 0.1 * seconds)
     process = start(recipe, store)
     seen, now = [0], threading.Event()
     reader = threading.Thread(target=read, args=(process, seen, now, lines if by_line else None))
@@ -150,12 +169,15 @@ def kill(recipe: Path, store: Path, draw: random.Random, seconds: float) -> Kill
     rank = rank_of(process.pid)
     if rank is None:
         whom = "sft train"
-    os.kill(process.pid if whom == "sft train" or rank is None else rank, signal.SIGKILL)
+    clock = time.monotonic()
+    victim = process.pid if whom == "sft train" or rank is None else rank
+    os.kill(victim, signal.SIGTERM if sigterm else signal.SIGKILL)
     process.wait()
     reader.join()
+    ended_after = time.monotonic() - clock
     time.sleep(0.2)  # until the rank, too, is gone
     newest = max(store.glob("train/*/checkpoints/checkpoint-*"), key=lambda p: int(p.name[11:]), default=None)
-    done = Kill(whom, seen[0], newest is not None and not (newest / "complete").exists())
+    done = Kill(whom, seen[0], newest is not None and not (newest / "complete").exists(), ended_after)
     print(f"  killed {done.whom} at step {done.step}{', saving' if done.torn else ''}", flush=True)
     return done
 

@@ -1,6 +1,8 @@
 """A tiny random model with a byte tokenizer, and conversations for it: the smallest things that are real."""
 
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,18 @@ def make_tiny_model(folder: Path) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_as_found() -> Iterator[None]:
+    """Which files a process of `-n 2` runs, and in what order, is chance: none may see what another left behind."""
+    environment, folder = dict(os.environ), Path.cwd()
+    yield
+    if "mlflow" in sys.modules:
+        sys.modules["mlflow"].set_tracking_uri(None)  # or it would win over MLFLOW_TRACKING_URI from here on
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
 
 
 @pytest.fixture(scope="session")

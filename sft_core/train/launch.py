@@ -33,7 +33,7 @@ WATCH_SECONDS = 1.0
 
 
 class TrainingStopped(TrainError):
-    """SIGTERM ended the training after a checkpoint was saved; the same command goes on from it."""
+    """SIGTERM ended the training; its finished optimizer steps are saved, and the same command goes on from there."""
 
 
 class _Silent(TrainError):
@@ -68,7 +68,8 @@ def run_training(
             process.stdout.close()
     if status == EXIT_STOPPED or (status != 0 and said.stopped and not said.fault):
         raise TrainingStopped(
-            "training was stopped by SIGTERM after saving a checkpoint; the same command goes on from it"
+            "training was stopped by SIGTERM; its finished optimizer steps are saved, and the same command goes on "
+            "from there"
         )
     if status != 0 and asked and not said.fault:
         raise TrainError(

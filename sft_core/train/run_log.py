@@ -1,4 +1,4 @@
-"""What is seen and kept of a run: `metrics.jsonl`, progress lines, the marks of checkpoints, the stop on SIGTERM."""
+"""What is seen and kept of a run: `metrics.jsonl`, progress lines, the marks of checkpoints."""
 
 import time
 from pathlib import Path
@@ -15,12 +15,12 @@ from sft_core.train.spec import SAMPLES, TrainSpec
 
 
 class RunLog(TrainerCallback):
-    """Rank 0 writes; every rank listens for the stop. `trainer` is set by the Trainer that is logged."""
+    """Rank 0 writes. `trainer` is set by the Trainer that is logged."""
 
     trainer: Any
 
-    def __init__(self, spec: TrainSpec, max_steps: int, stop: Any, packs: bool) -> None:
-        self._spec, self._max_steps, self._stop, self._packs = spec, max_steps, stop, packs
+    def __init__(self, spec: TrainSpec, max_steps: int, packs: bool) -> None:
+        self._spec, self._max_steps, self._packs = spec, max_steps, packs
         self._metrics = Path(spec.metrics)
         self._clock = self._began = time.monotonic()
         self._tokens_at_clock = self._began_at = 0
@@ -71,9 +71,7 @@ class RunLog(TrainerCallback):
         print(progress_line(entry), flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        """Save and stop when asked to; always save the last step."""
-        if self._stop.agree(args.device):
-            control.should_save = control.should_training_stop = True
+        """Always save the last step."""
         if state.global_step >= self._max_steps:
             control.should_save = True
         return control

@@ -1,7 +1,8 @@
 """One training rank: `python -m sft_core.train.worker SPEC.json DDP_TIMEOUT`, started by `sft_core.train.launch`.
 
 In: a `TrainSpec`. Out: Trainer checkpoints below `spec.checkpoints`, `metrics.jsonl`, progress lines on stdout. Knows
-neither Prefect nor MLflow. Exit status: 0 done; 1 a fault, named by a line `fault: ...`; 75 stopped by SIGTERM, saved.
+neither Prefect nor MLflow. Exit status: 0 done; 1 a fault, named by a line `fault: ...`; 75 stopped by SIGTERM, all
+finished optimizer steps saved.
 """
 
 import ctypes
@@ -68,15 +69,13 @@ def run(spec: Any, heart: Any, ddp_timeout: float) -> int:
 
     from sft_core.pack import load_packed
     from sft_core.train.arguments import training_arguments
-    from sft_core.train.attention import use_packed_attention
     from sft_core.train.best import stopped_early
     from sft_core.train.checkpoints import step_of
     from sft_core.train.evaluation import open_evaluation
-    from sft_core.train.loss import choose_loss
-    from sft_core.train.model import load_trainable
     from sft_core.train.pulse import Pulse
     from sft_core.train.run_log import RunLog
     from sft_core.train.sequence_parallel import across_ranks
+    from sft_core.train.stopping import Stopping
     from sft_core.train.stream import PackedStream
     from sft_core.train.trainer import PackedTrainer
     from sft_core.train.watch import StepWatch
@@ -90,14 +89,8 @@ def run(spec: Any, heart: Any, ddp_timeout: float) -> int:
     max_steps = config.max_steps or math.ceil(stream.rows / (rows * config.gradient_accumulation_steps))
     arguments = pulse.join(training_arguments(spec, max_steps))  # before the model: ZeRO-3 partitions while loading
     transformers.set_seed(spec.seed)
-    model, notes = load_trainable(spec.base_model, config, spec.trust_remote_code, Path(spec.checkpoints))
-    attention, why_attention = use_packed_attention(model, config.sequence_parallel_size)
-    loss_way, why_loss = choose_loss(model)
-    notes.append(f"note: attention {attention} ({why_attention}), loss {loss_way} ({why_loss})")
-    if arguments.process_index == 0:
-        print("\n".join(notes), flush=True)
-    stop = _StopFlag()
-    log = RunLog(spec, max_steps, stop, packs=packed.packing != "none")
+    model, loss_way = _load_model(spec, speaks=arguments.process_index == 0)
+    log = RunLog(spec, max_steps, packs=packed.packing != "none")
     trainer = PackedTrainer(
         model,
         arguments,
@@ -106,6 +99,7 @@ def run(spec: Any, heart: Any, ddp_timeout: float) -> int:
         log,
         loss_way,
     )
+    stop = Stopping(trainer)
     trainer.across = across_ranks(config.sequence_parallel_size)
     resume = _newest_checkpoint(spec, arguments)
     log.start(resume, speaks=arguments.process_index == 0)
@@ -113,9 +107,25 @@ def run(spec: Any, heart: Any, ddp_timeout: float) -> int:
         return 0  # it was killed before its result was taken; the Trainer would take one step more
     if config.eval_steps is not None:
         trainer.add_callback(open_evaluation(spec, trainer, packed, max_steps))
+    trainer.add_callback(stop)
     trainer.add_callback(pulse)  # last: it looks at what the others ask for
     trainer.train(resume_from_checkpoint=_begin_at(resume, spec))
     return EXIT_STOPPED if stop.asked and trainer.state.global_step < max_steps else 0
+
+
+def _load_model(spec: Any, speaks: bool) -> tuple[Any, Any]:
+    """The model with what is trained of it, and how its loss is taken. `speaks`: say what was chosen, and why."""
+    from sft_core.train.attention import use_packed_attention
+    from sft_core.train.loss import choose_loss
+    from sft_core.train.model import load_trainable
+
+    model, notes = load_trainable(spec.base_model, spec.config, spec.trust_remote_code, Path(spec.checkpoints))
+    attention, why_attention = use_packed_attention(model, spec.config.sequence_parallel_size)
+    loss_way, why_loss = choose_loss(model)
+    notes.append(f"note: attention {attention} ({why_attention}), loss {loss_way} ({why_loss})")
+    if speaks:
+        print("\n".join(notes), flush=True)
+    return model, loss_way
 
 
 def _newest_checkpoint(spec: Any, arguments: Any) -> Path | None:
@@ -140,27 +150,6 @@ def _begin_at(newest: Path | None, spec: Any) -> str | None:
         return str(newest) if newest else None
     transformers.set_seed(spec.seed + step_of(newest))  # the numbers that were saved are other ranks'
     return str(resized(newest))
-
-
-class _StopFlag:
-    """Becomes true on SIGTERM; the Trainer then saves after the optimizer step at hand and stops."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        signal.signal(signal.SIGTERM, self._ask)
-
-    def agree(self, device: Any) -> bool:
-        """Whether any rank was asked: the signal reaches them at different steps, and all must stop at the same one."""
-        import torch
-
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            asked = torch.tensor(int(self.asked), device=device)
-            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
-            self.asked = bool(asked)
-        return self.asked
-
-    def _ask(self, *_: object) -> None:
-        self.asked = True
 
 
 def _avoid_compiled_ops(cuda: bool) -> None:

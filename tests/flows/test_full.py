@@ -43,14 +43,14 @@ evaluate: {max_new_tokens: 4, max_generated_rows: 2}
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Path]:
-    folder, before = tmp_path_factory.mktemp("full"), mlflow.get_tracking_uri()
+    folder = tmp_path_factory.mktemp("full")
     shutil.copytree(tiny_model, folder / "base")
     rows = [{"instruction": f"say w{i}", "input": "", "output": f"w{i}!"} for i in range(60)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "recipe.yaml").write_text(RECIPE)
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
     yield folder
-    mlflow.set_tracking_uri(before)
+    mlflow.set_tracking_uri(None)
 
 
 def sft(folder: Path, *arguments: str, ok: bool = True) -> str:

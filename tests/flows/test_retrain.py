@@ -87,9 +87,8 @@ class Project:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Project]:
-    before = mlflow.get_tracking_uri()
     yield Project(tmp_path_factory.mktemp("project"), tiny_model)
-    mlflow.set_tracking_uri(before)
+    mlflow.set_tracking_uri(None)
 
 
 @pytest.fixture(scope="module")

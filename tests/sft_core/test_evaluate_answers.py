@@ -1,14 +1,15 @@
 """Scores of answers: ROUGE-L in any script, the user's scorer, tasks of lm-evaluation-harness."""
 
 import json
+import sys
 from collections.abc import Callable
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 
 from sft_core.errors import DataError, RecipeError
-from sft_core.evaluate import EvaluatedModel, evaluate_model, harness_parts, read_report, scorer_source
+from sft_core.evaluate import EvaluatedModel, evaluate_model, harness, harness_parts, read_report, scorer_source
 from sft_core.evaluate.answers import load_scorer, rouge_l, score_answer
 from sft_core.evaluate.harness import run_harness
 from sft_core.pack import load_chat_template
@@ -94,7 +95,6 @@ def test_a_score_as_primary_metric_needs_a_scorer() -> None:
         EvaluateConfig(primary_metric="score")
 
 
-@pytest.mark.skipif(find_spec("lm_eval") is None, reason="the extra `harness` is not installed")
 @pytest.mark.slow
 def test_a_task_file_of_ones_own_runs_offline(tiny_model: Path, tmp_path: Path) -> None:
     rows = [{"question": f"say w{i}", "choices": ["a", "b"], "answer": i % 2} for i in range(4)]
@@ -113,8 +113,12 @@ def test_a_task_file_of_ones_own_runs_offline(tiny_model: Path, tmp_path: Path) 
     assert harness_parts(tasks) != parts
 
 
-@pytest.mark.skipif(find_spec("lm_eval") is not None, reason="the extra `harness` is installed")
-def test_without_the_extra_the_error_names_it(tiny_model: Path) -> None:
+def test_without_the_extra_the_error_names_it(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # its import fails as that of a package that is not there
+    monkeypatch.setattr(harness, "version", nowhere)
     with pytest.raises(RecipeError, match=r"pip install 'sft-flows\[harness\]'"):
         run_harness(tiny_model, EvaluateConfig(harness_tasks=("arc_easy",)))
     with pytest.raises(RecipeError, match=r"pip install 'sft-flows\[harness\]'"):

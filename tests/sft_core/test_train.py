@@ -112,7 +112,7 @@ def test_a_stopped_run_saves_and_the_same_call_ends_with_the_same_bytes(
         if line.startswith("step 2/"):
             os.kill(child_of(os.getpid()), signal.SIGTERM)
 
-    with pytest.raises(TrainError, match="stopped by SIGTERM after saving"):
+    with pytest.raises(TrainError, match="stopped by SIGTERM; its finished optimizer steps are saved"):
         train_adapter(inputs(packed, tiny_model, tmp_path / "work"), CONFIG, 7, tmp_path / "first", stop_child)
     saved = newest_complete(tmp_path / "work")
     assert saved is not None

@@ -64,13 +64,6 @@ PAIRS = [(name, method) for name in ARCHITECTURES for method in METHODS if name 
 """Mixtral's experts are no linear layers: nf4 leaves them, and there is nothing new to see."""
 
 
-class NeverStopped:
-    """No SIGTERM comes."""
-
-    def agree(self, device: Any) -> bool:
-        return False
-
-
 @dataclass(frozen=True, slots=True)
 class Trained:
     """The live model, what trained it, and its folders."""
@@ -110,7 +103,7 @@ def trained(request: pytest.FixtureRequest, packed: Path, tiny_model: Path, tmp_
     torch.manual_seed(7)
     model, _ = load_trainable(base, section, trust_remote_code=False)
     use_packed_attention(model)
-    log = RunLog(spec, STEPS, NeverStopped(), packs=True)
+    log = RunLog(spec, STEPS, packs=True)
     arguments, watch = training_arguments(spec, STEPS), StepWatch(rows, stream, None)
     trainer = PackedTrainer(model, arguments, stream, watch, log, choose_loss(model)[0])
     log.start(None, speaks=False)

@@ -78,6 +78,16 @@ def train(
 def train_here(packed: Path, model: Path, folder: Path, section: TrainConfig) -> Path:
     """What one rank does between its start and its end, in this process: where no start, signal or DeepSpeed is at
     stake, several seconds of imports are saved. The folder of what would be the artifact."""
+    assert status_here(packed, model, folder, section) == 0
+    checkpoint = newest_complete(folder / "work")
+    assert checkpoint is not None
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    copy_result(checkpoint, folder / "work", folder / "out")
+    return folder / "out"
+
+
+def status_here(packed: Path, model: Path, folder: Path, section: TrainConfig) -> int:
+    """The same, without a result: the rank's exit status."""
     assert section.deepspeed is None
     work, stop = folder / "work", signal.getsignal(signal.SIGTERM)
     work.mkdir(parents=True, exist_ok=True)
@@ -93,15 +103,10 @@ def train_here(packed: Path, model: Path, folder: Path, section: TrainConfig) ->
     )
     heart = Heart(work / "ranks", "0", 600)
     try:
-        assert run(spec, heart, 600) == 0
+        return run(spec, heart, 600)
     finally:
         heart.end()
         signal.signal(signal.SIGTERM, stop)
-    checkpoint = newest_complete(work)
-    assert checkpoint is not None
-    shutil.rmtree(folder / "out", ignore_errors=True)
-    copy_result(checkpoint, work, folder / "out")
-    return folder / "out"
 
 
 def losses(out: Path) -> list[float]:

@@ -106,11 +106,10 @@ def empty_registry(empty_database: Path, tmp_path: Path) -> Iterator[MlflowClien
 
 def connected(where: Path | str) -> Iterator[MlflowClient]:
     """`where`: a database's file, or a server's URL."""
-    before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(f"sqlite:///{where}" if isinstance(where, Path) else where)
     tracking.client.cache_clear()
     yield tracking.client()
-    mlflow.set_tracking_uri(before)
+    mlflow.set_tracking_uri(None)
     tracking.client.cache_clear()
 
 

@@ -21,12 +21,11 @@ LONG = "3600"
 @pytest.fixture(autouse=True)
 def one_try(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """MLflow's client gives up at once; what is set here ends with the test."""
-    before = mlflow.get_tracking_uri()
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(patience, "RETRY_SECONDS", 0.01)
     tracking.client.cache_clear()
     yield
-    mlflow.set_tracking_uri(before)
+    mlflow.set_tracking_uri(None)
     tracking.client.cache_clear()
 
 

@@ -23,11 +23,10 @@ RECIPE: dict[str, Any] = {"name": "t", "base_model": {"path": "b"}, "datasets": 
 
 @pytest.fixture
 def client(tmp_path: Path, empty_database: Path) -> Iterator[MlflowClient]:
-    before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(f"sqlite:///{shutil.copyfile(empty_database, tmp_path / 'mlflow.db')}")
     tracking.client.cache_clear()
     yield tracking.client()
-    mlflow.set_tracking_uri(before)
+    mlflow.set_tracking_uri(None)
     tracking.client.cache_clear()
 
 
