@@ -11,6 +11,8 @@ from sft_core.fingerprint import hash_folder, hash_value
 from sft_core.recipe import BaseModelConfig
 
 MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")
+DOUBLES = ("original/*", "consolidated*", "onnx/*")
+"""What publishers put beside a model in other formats; also the `.bin` files, where there are `.safetensors`."""
 COMMIT = re.compile("[0-9a-f]{40}")
 TOKENIZER_PREFIXES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")
 
@@ -56,7 +58,14 @@ def local_base_model(config: BaseModelConfig, commit: str | None) -> Path:
         return folder.resolve()
     from huggingface_hub import snapshot_download  # slow to import
 
-    return Path(snapshot_download(config.path, revision=commit, allow_patterns=[f"*{s}" for s in MODEL_SUFFIXES]))
+    def download(suffixes: tuple[str, ...]) -> Path:
+        wanted = [f"*{suffix}" for suffix in suffixes]
+        return Path(
+            snapshot_download(config.path, revision=commit, allow_patterns=wanted, ignore_patterns=list(DOUBLES))
+        )
+
+    folder = download(tuple(suffix for suffix in MODEL_SUFFIXES if suffix != ".bin"))
+    return folder if any(folder.glob("*.safetensors")) else download(MODEL_SUFFIXES)
 
 
 def _hub_commit(config: BaseModelConfig) -> str:
@@ -69,7 +78,8 @@ def _hub_commit(config: BaseModelConfig) -> str:
     except Exception as error:  # noqa: BLE001 - the hub's client raises its HTTP library's own errors
         raise ModelError(
             f"base_model.path {config.path!r}: no such folder ({Path(config.path).resolve()}), and not reachable as a "
-            f"hub id: {type(error).__name__}: {str(error).splitlines()[0]}. Offline: a folder, or a 40-digit revision"
+            f"hub id: {type(error).__name__}: {str(error).splitlines()[0].rstrip('.')}. Check the spelling, the "
+            "network and, for a gated model, HF_TOKEN; offline: a folder, or a 40-digit revision"
         ) from error
     assert commit is not None, "the hub gives a commit for every revision"
     return commit

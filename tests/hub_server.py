@@ -1,7 +1,7 @@
 """A hub on loopback: what the clients of huggingface_hub and datasets ask for, served from folders.
 
 `HF_ENDPOINT` at its address makes them talk to it. Below `root`: `models/OWNER/NAME/COMMIT/...` and `datasets/...`; the
-branch `main` of a repository is the commit that `set_main` names. A token is asked for by repositories that are `gated`.
+branch `main` of a repository is the commit that `set_main` names. A token is asked for by `gated` repositories.
 The routes are those of https://huggingface.co/docs/hub/api.
 """
 
@@ -90,9 +90,13 @@ class _Handler(BaseHTTPRequestHandler):
         elif found[3] == "paths-info":
             asked = dict(pair.split("=", 1) for pair in body.decode().split("&") if "=" in pair)
             paths = [unquote(value) for key, value in asked.items() if key == "paths"]
-            self._answer(200, [entry for entry in self._entries(found[1], found[2], found[4]) if entry["path"] in paths])
+            self._answer(
+                200, [entry for entry in self._entries(found[1], found[2], found[4]) if entry["path"] in paths]
+            )
         elif found[3] == "preupload":
-            files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
             self._answer(200, {"files": files})
         elif found[3] == "commit":
             self._commit(found[1], found[2], body)
