@@ -24,6 +24,8 @@ FORMATS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
+LET_GO_BYTES = 64 << 20
+"""Of a mapped tensor what has been read is let go in pieces of this size; smaller ones cost more than they save."""
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 
 
@@ -54,7 +56,7 @@ class Place:
         return (self.shape[0], math.prod(self.shape[1:])) if self.shape else (1, 1)
 
     def chunks(self, step: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """First row and rows, `step` at a time, mapped from the file: valid until the next, then let go."""
+        """First row and rows, `step` at a time, mapped from the file: valid until the next."""
         height, width = self.rows
         start, nbytes = self.offset % mmap.PAGESIZE, self.slot("").nbytes
         if not nbytes:
@@ -68,7 +70,7 @@ class Place:
         for first in range(0, height, step):
             yield first, rows[first : first + step]
             seen = (start + min(first + step, height) * width * self.dtype.itemsize) // mmap.PAGESIZE * mmap.PAGESIZE
-            if seen > let_go:
+            if seen - let_go >= LET_GO_BYTES:
                 mapped.madvise(mmap.MADV_DONTNEED, let_go, seen - let_go)
                 let_go = seen
 
