@@ -116,7 +116,7 @@ def _build(run: Retraining, planned: PlannedStep) -> Manifest:
             ledger=outcome.ledger,
             facts=outcome.facts,
             versions=library_versions(),
-            device=_device(),
+            device=_device(planned.step),
             started=started,
             took_seconds=round(time.monotonic() - clock, 3),
         )
@@ -228,7 +228,9 @@ BUILDERS: dict[str, Callable[[Retraining, PlannedStep, Path], Outcome]] = {
 }
 
 
-def _device() -> str:
-    import torch  # slow to import
+def _device(step: str) -> str:
+    if step in SHARDED:
+        return "cpu"
+    import torch  # slow to import, and no part of preparing rows
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
