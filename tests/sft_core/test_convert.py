@@ -72,6 +72,26 @@ def test_xtuner_masters_are_kept_bit_for_bit(tmp_path: Path, run: str, layout: s
     assert {key: config[key] for key in theirs if key in config} == {k: v for k, v in theirs.items() if k in config}
 
 
+@needs_xtuner
+def test_links_are_followed(tmp_path: Path) -> None:
+    lora = LoraConfig(r=4, lora_alpha=16, lora_dropout=0.0)
+    shards, base = tmp_path / "shards.pth", tmp_path / "base"
+    for folder, source in ((shards, XTUNER / "lora_ds2" / "iter_4.pth"), (base, XTUNER / "base")):
+        folder.mkdir()
+        for path in source.iterdir():
+            (folder / path.name).symlink_to(path)  # as in a snapshot of the hub's cache
+    (tmp_path / "last.pth").symlink_to(XTUNER / "lora" / "iter_4.pth")
+    for name, checkpoint in (("lora", tmp_path / "last.pth"), ("lora_ds2", shards)):
+        convert_checkpoint(checkpoint, tmp_path / name, lora, "base", ConvertOptions(base=base))
+        expected = load_file(XTUNER / "expected" / f"{name}.fp32.safetensors")
+        assert_bitwise_equal(load_file(tmp_path / name / "adapter_model.safetensors"), expected)
+    (gone,) = shards.glob("*rank_1*_optim_states.pt")
+    gone.unlink()
+    gone.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match=f"{gone.name}: no such file; the checkpoint is incomplete"):
+        convert_checkpoint(shards, tmp_path / "out", lora, "base", ConvertOptions(base=base))
+
+
 # --- plain Trainer folders, and folders around checkpoints ---
 
 

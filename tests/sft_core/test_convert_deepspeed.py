@@ -25,6 +25,9 @@ RUNS: dict[str, tuple[int, str, LoraConfig | None, dict[str, Any]]] = {
     "zero1-float32": (1, "float32", LORA, {}),
     "zero1-own-masters": (1, "bfloat16", LORA, {"data_types": {"grad_accum_dtype": "fp32"}}),
     "zero2-bfloat16": (2, "bfloat16", LORA, {}),
+    "zero1-float16": (1, "float16", LORA, {}),
+    "zero2-float16": (2, "float16", LORA, {}),
+    "zero3-float16": (3, "float16", LORA, {}),
     "zero2-rich": (2, "bfloat16", RICH, {}),
     "zero2-full-tied": (2, "bfloat16", None, {}),
     "zero3-bfloat16": (3, "bfloat16", LORA, {}),
@@ -135,10 +138,12 @@ def _train(out: Path, stage: int, dtype: str, lora: LoraConfig | None, more: dic
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": dtype == "bfloat16"},
+        "fp16": {"enabled": dtype == "float16", "initial_scale_power": 8},
         **more,
     }
     optimizer = torch.optim.AdamW(parameters, lr=0.01)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, optimizer=optimizer, config=config)
+    assert {parameter.dtype for parameter in parameters} == {getattr(torch, dtype)}
     for step in range(3):
         seed = torch.Generator().manual_seed(7 * step + engine.global_rank)
         ids = torch.randint(64, (1, 9), generator=seed)
