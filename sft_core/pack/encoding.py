@@ -81,8 +81,9 @@ def tokenize(renderings: SequenceOf[Rendering], tokenizer: Any) -> list[Any]:
     """A tokenizers.Encoding a rendering. Nearly all of it is Rust on all cores, without Python's lock."""
     controls = controls_of(tokenizer)
     backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
+    if backend.truncation is not None or backend.padding is not None:  # to set them waits for other threads' batches
+        backend.no_truncation()
+        backend.no_padding()
     encode = backend.encode_batch if byte_lengths(tokenizer) is None else backend.encode_batch_fast  # no offsets
     ordinary = [rendering.text for rendering in renderings if not rendering.typed]
     encoded = iter(encode(ordinary, add_special_tokens=False) if ordinary else ())

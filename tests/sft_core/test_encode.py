@@ -1,5 +1,8 @@
 """Ids and labels, token by token, with a tokenizer of a few words."""
 
+import threading
+import time
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from sft_core.errors import DataError, ModelError, RecipeError, RowError
 from sft_core.pack import IGNORE_INDEX as NO
 from sft_core.pack import Sequence, encode_conversation, encode_messages, load_chat_template
+from sft_core.pack.encoding import tokenize
 from sft_core.pack.rendering import render_conversation
 
 WORDS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "\n", "user", "assistant", "hi", "yes", "no", "bye", "#"]
@@ -55,6 +59,35 @@ def test_plain_as_in_the_docstring(tokenizer: Any) -> None:
     sequence = encode_messages(messages, tokenizer, load_chat_template("plain"))
     assert sequence.input_ids == [12, 12, 12, 19, 21, 8, 5, 12, 12, 12, 20, 21, 9, 2, 5]
     assert sequence.labels == [NO] * 12 + [9, 2, NO]
+
+
+def test_truncation_and_padding_of_the_tokenizers_own_are_left_out(tokenizer: Any) -> None:
+    own = make_tokenizer()
+    own.backend_tokenizer.enable_truncation(3)
+    own.backend_tokenizer.enable_padding(length=20)
+    template = load_chat_template("chatml")
+    assert encode_messages([ASK, ANSWER], own, template) == encode_messages([ASK, ANSWER], tokenizer, template)
+
+
+def test_a_batch_does_not_wait_for_another_threads_batch() -> None:
+    """The tokenizer's settings are behind a lock that every batch holds to its end: they are not set anew each time."""
+    shared, begun = make_tokenizer(), threading.Event()
+    long = {"role": "assistant", "content": "yes no " * 400_000}
+
+    def encode_long() -> None:
+        begun.set()
+        encode_messages([ASK, long], shared, load_chat_template("chatml"))
+
+    thread = threading.Thread(target=encode_long)
+    rendered = render_conversation([ASK, ANSWER], shared, load_chat_template("chatml"))
+    thread.start()
+    begun.wait()
+    clocks = [time.monotonic()]
+    while thread.is_alive():
+        tokenize(rendered, shared)
+        clocks.append(time.monotonic())
+    longest = max(after - before for before, after in pairwise(clocks))
+    assert longest < (clocks[-1] - clocks[0]) / 4  # of all that time, not one batch waited for most
 
 
 def test_prefix_difference_gives_the_same_as_marks(tokenizer: Any) -> None:
