@@ -49,6 +49,13 @@ def said_saved(store: Path) -> bool:
     return STOPPED in log.read_text()
 
 
+def resumptions(store: Path) -> int:
+    """How often the training at work there has gone on from a checkpoint. Its log is on the disk at once; Prefect gets
+    lines every two seconds, and those of a process that was killed before that never."""
+    (log,) = store.rglob("train.log")
+    return sum(line.startswith("resuming from checkpoint-") for line in log.read_text().splitlines())
+
+
 def wait_for_part(stack: Stack, parent: str, part: str, count: int = 1) -> dict[str, Any]:
     """The newest of `count` or more flow runs of a part, once it runs."""
 
