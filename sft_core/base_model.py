@@ -13,6 +13,8 @@ from sft_core.recipe import BaseModelConfig
 MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")
 DOUBLES = ("original/*", "consolidated*", "onnx/*")
 """What publishers put beside a model in other formats; also the `.bin` files, where there are `.safetensors`."""
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+"""One of them is there, or transformers loads the `.bin` files."""
 COMMIT = re.compile("[0-9a-f]{40}")
 TOKENIZER_PREFIXES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")
 
@@ -65,7 +67,7 @@ def local_base_model(config: BaseModelConfig, commit: str | None) -> Path:
         )
 
     folder = download(tuple(suffix for suffix in MODEL_SUFFIXES if suffix != ".bin"))
-    return folder if any(folder.glob("*.safetensors")) else download(MODEL_SUFFIXES)
+    return folder if any((folder / name).is_file() for name in SAFETENSORS) else download(MODEL_SUFFIXES)
 
 
 def _hub_commit(config: BaseModelConfig) -> str:

@@ -85,14 +85,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(200, {"url": f"{self.server.url}/{repository}", "name": repository})
         elif path == "/api/validate-yaml":
             self._answer(200, {"errors": [], "warnings": []})
-        elif found is None or not self._known(found[1], found[2], write=found[3] != "paths-info"):
-            self._answer(404, {"error": "not found"}) if found is None else None
-        elif found[3] == "paths-info":
-            asked = dict(pair.split("=", 1) for pair in body.decode().split("&") if "=" in pair)
-            paths = [unquote(value) for key, value in asked.items() if key == "paths"]
-            self._answer(
-                200, [entry for entry in self._entries(found[1], found[2], found[4]) if entry["path"] in paths]
-            )
+        elif found is None:
+            self._answer(404, {"error": "not found"})
+        elif not self._known(found[1], found[2], write=True):
+            pass  # answered
         elif found[3] == "preupload":
             files = [
                 {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]

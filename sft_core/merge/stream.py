@@ -1,4 +1,4 @@
-"""Weight files written as a stream: each tensor goes to its place in the file, a few megabytes of it in memory.
+"""Weight files written as a stream: each tensor goes to its place in the file, a part of it in memory.
 
 In: a plan of edits. Out: safetensors files with their index, and how many tensors were merged, dequantised, replaced,
 or left as they were. The bytes depend on the inputs alone: every tensor's place is known before the first is written.

@@ -39,13 +39,11 @@ class Pulse(TrainerCallback):
                 check_shared(self.heart, arguments.device)
         return arguments
 
-    def on_substep_end(self, *_: Any, **__: Any) -> None:
-        """A micro-batch that is not the last of its optimizer step."""
-        self.heart.say(moved=True)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The last micro-batch; a checkpoint may take long."""
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A micro-batch is done; a checkpoint, which may follow a stop in mid-step too, may take long."""
         self.heart.say(state=SAVING if control.should_save else TRAINING, moved=True)
+
+    on_step_end = on_substep_end
 
     def on_save(self, *_: Any, **__: Any) -> None:
         """A checkpoint is written."""

@@ -39,7 +39,7 @@ class Stopping(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Before the first micro-batch of an optimizer step."""
         self._began = time.monotonic()
-        if args.gradient_accumulation_steps > 1:
+        if self._long:
             self._at_step = _random_state()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:

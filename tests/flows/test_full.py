@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
@@ -42,15 +41,14 @@ evaluate: {max_new_tokens: 4, max_generated_rows: 2}
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Path]:
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     folder = tmp_path_factory.mktemp("full")
     shutil.copytree(tiny_model, folder / "base")
     rows = [{"instruction": f"say w{i}", "input": "", "output": f"w{i}!"} for i in range(60)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "recipe.yaml").write_text(RECIPE)
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-    yield folder
-    mlflow.set_tracking_uri(None)
+    return folder
 
 
 def sft(folder: Path, *arguments: str, ok: bool = True) -> str:

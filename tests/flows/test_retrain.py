@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +85,8 @@ class Project:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Project]:
-    yield Project(tmp_path_factory.mktemp("project"), tiny_model)
-    mlflow.set_tracking_uri(None)
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Project:
+    return Project(tmp_path_factory.mktemp("project"), tiny_model)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import pytest
 from sft_core.train import stopping
 from sft_core.train.checkpoints import counts_of, newest_complete
 from sft_core.train.metrics import read_metrics
+from sft_core.train.ranks import SAVING, Heart
 from sft_core.train.trainer import PackedTrainer
 from sft_core.train.worker import EXIT_STOPPED
 from tests.sft_core.train_runs import config, make_packed, status_here, train_here, weights_hash
@@ -83,3 +84,20 @@ def test_a_short_step_is_finished_first(
     newest = newest_complete(tmp_path / "work")
     assert newest is not None
     assert newest.name == "checkpoint-3"
+
+
+@pytest.mark.slow
+def test_the_launcher_is_told_that_a_stop_within_a_step_saves(
+    packed: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or it would take a long saving for a rank that is stuck."""
+    said, say = [], Heart.say
+
+    def heard(heart: Heart, **what: Any) -> None:
+        said.append(what.get("state"))
+        say(heart, **what)
+
+    monkeypatch.setattr(Heart, "say", heard)
+    stop_in(10, 0.0, monkeypatch)
+    assert status_here(packed, tiny_model, tmp_path, SECTION) == EXIT_STOPPED
+    assert said.count(SAVING) == 1
