@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
+from cli.server_log import ServerLog
 from cli.servers import MARK, Process, ServerError, last_lines, start
 
 POOLS: Mapping[str, int | None] = {"cpu": None, "gpu": 1}
@@ -37,7 +38,12 @@ class Stack:
     prefect_port: int
     mlflow_port: int
     servers: list[Process] = field(default_factory=list)
+    server_log: ServerLog = field(init=False)
     workers: list[Process] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Where `cli.servers.start` has Prefect's server write."""
+        self.server_log = ServerLog(self.folder / "logs" / "prefect.log")
 
     @property
     def folder(self) -> Path:
@@ -138,15 +144,19 @@ def code_hash(file: Path) -> str:
     return digest.hexdigest()
 
 
+def deploy_command(file: Path) -> list[str]:
+    """`python -m` this: registers all deployments of `file`. Its environment must not have SFT_PROJECT_DIR, which each
+    worker is to read from its own."""
+    return ["prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
+
+
 def start_deploy(project: Path, folder: Path, environment: Mapping[str, str]) -> Process | None:
     """Begin `prefect deploy --all`, whose code wants seconds to import. None if what is registered is of this code."""
     file = prefect_file(project)
     if _registered(folder).is_file() and _registered(folder).read_text() == code_hash(file) and form_id() is not None:
         return None
     environment = {k: v for k, v in environment.items() if k != "SFT_PROJECT_DIR"}  # the workers' own is to be read
-    return start(
-        "deploy", ["prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)], folder, environment
-    )
+    return start("deploy", deploy_command(file), folder, environment)
 
 
 def finish_deploy(deploy: Process, project: Path, folder: Path) -> None:

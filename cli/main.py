@@ -7,6 +7,7 @@ import typer
 
 from cli import convert, data, models, recipes, run, store, up
 from cli.chat import chat
+from cli.deploy import deploy
 from cli.environment import DEBUG, debugging, quiet_libraries, set_defaults
 from sft_core.errors import SftError
 
@@ -25,6 +26,7 @@ app.command()(run.train)
 app.command()(run.explain)
 app.command()(chat)
 app.command()(up.up)
+app.command()(deploy)
 app.add_typer(convert.app, name="convert")
 app.add_typer(data.app, name="data")
 app.add_typer(models.app, name="models")

@@ -12,10 +12,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli.deploy import ScheduleWatch, scheduled_runs
 from cli.local_stack import (
     FORM,
     POOLS,
@@ -43,8 +44,13 @@ from cli.servers import (
     wait_for,
 )
 
+if TYPE_CHECKING:
+    from tasks.upcoming import NextRun
+
 SAVE_SECONDS = 40.0
 """How long a run that was told to end may save; Prefect's own grace is 30 s."""
+SCHEDULED_SECONDS = 120.0
+"""Bound on the server's planning of the next run of each active schedule: its scheduler looks every minute."""
 
 
 def up(
@@ -90,6 +96,7 @@ def _start(stack: Stack) -> None:
     new = not (stack.folder / "prefect").exists()
     print(f"starting Prefect and MLflow{' (the first time: about a minute)' if new else ''}", flush=True)
     environment = stack.environment()
+    stack.server_log.skip()
     stack.servers.append(start_prefect(stack.folder, stack.prefect_port, environment, stack.host))
     stack.servers.append(start_mlflow(stack.folder, stack.mlflow_port, environment, host=stack.host))
     os.environ.update(environment)  # before Prefect is imported here
@@ -104,15 +111,19 @@ def _start(stack: Stack) -> None:
     for pool, limit in POOLS.items():
         stack.workers.append(start_worker(pool, stack.folder, environment, limit))
     wait_for(stack.servers[1], f"{stack.mlflow_url}/health")
-    _print_ready(stack)
+    _print_ready(stack, scheduled_runs(SCHEDULED_SECONDS, f"{stack.servers[0].log} may say why"))
 
 
-def _print_ready(stack: Stack) -> None:
+def _print_ready(stack: Stack, scheduled: "list[NextRun]") -> None:
+    schedules = "\n  ".join(run.words for run in scheduled) or "none is switched on (retrain/nightly: in its page)"
     print(
         f"""
   Prefect   {stack.prefect_url}   runs, schedules, the form
   MLflow    {stack.mlflow_url}   models, metrics, reports
   data      {stack.folder}   (logs/ has what each process printed)
+
+Schedules:
+  {schedules}
 
 Start a retraining with the form:
   {stack.prefect_url}/deployments/deployment/{form_id()}/run
@@ -128,7 +139,13 @@ Ctrl-C stops everything.""",
 
 
 def _watch(stack: Stack) -> None:
+    """Until Ctrl-C, or until a process of the stack ends. Says when Prefect's server does not do its own work."""
+    log, schedules = stack.server_log, ScheduleWatch()
     while True:
+        for error in log.look():
+            _warn(f"Prefect's server reports an error of its service {error.service}: {error.text} ({log.file})")
+        for run in schedules.look():
+            _warn(f"{run.words}: the schedule is on and will not fire; see {log.file}")
         for process in stack.servers + stack.workers:
             if not process.running:
                 raise ServerError(
@@ -136,6 +153,10 @@ def _watch(stack: Stack) -> None:
                     f"The end of {process.log}:\n{last_lines(process.log)}"
                 )
         time.sleep(LOOK_SECONDS)
+
+
+def _warn(words: str) -> None:
+    print(f"warning: {words}", file=sys.stderr, flush=True)
 
 
 def _stop(stack: Stack, drain: float) -> None:

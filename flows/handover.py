@@ -86,7 +86,7 @@ def _check(client: SyncPrefectClient, part: str, deployment: str) -> None:
     except (ObjectNotFound, ValueError):
         raise RecipeError(
             f"compute.{part}: there is no deployment {deployment!r} on {client.api_url}; register it with "
-            f"`prefect deploy --all`, or run the part in this process with compute.{part}=null"
+            f"`sft deploy`, or run the part in this process with compute.{part}=null"
         ) from None
     if found.work_pool_name is None:
         raise RecipeError(

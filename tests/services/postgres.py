@@ -28,8 +28,7 @@ class Postgres:
     port: int
 
     def url(self, database: str, driver: str = "postgresql+psycopg2") -> str:
-        """SQLAlchemy's name of a database; anyone on this machine may connect to this server. Without a driver's name
-        SQLAlchemy 2.1 would take psycopg 3."""
+        """SQLAlchemy's name of a database; anyone on this machine may connect to this server."""
         return f"{driver}://{USER}@{HOST}:{self.port}/{database}"
 
     def run(self, program: str, *arguments: str) -> str:

@@ -4,6 +4,7 @@ doubled; and both databases restored from dumps into servers that answer the sam
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,14 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from cli.servers import last_lines, start
+from tests.services.left_alone import (
+    active_cron,
+    assert_a_missed_night_is_made_up_for,
+    assert_it_goes_on_after_a_restart,
+    champion,
+    completed_since,
+    switch_schedule,
+)
 from tests.services.postgres import Postgres, postgres
 from tests.services.stack import RECIPE, RUN_SECONDS, Stack, wait_until, write_project
 
@@ -108,6 +117,18 @@ def test_both_databases_come_back_from_their_dumps(stack: Stack, database: Postg
         restored.sft("chat", "models:/first@champion")  # loads the model; nothing is asked
     finally:
         restored.stop()
+
+
+def test_a_cron_left_alone_fires_over_a_restart_and_a_missed_night(stack: Stack) -> None:
+    (stack.folder / "nightly.yaml").write_text(RECIPE.replace("name: orders", "name: nightly\nseed: 3"))
+    active_cron(stack, "nightly.yaml")
+    began = datetime.now(UTC)
+    stack.sft("deploy")
+    completed_since(stack, began)
+    assert_it_goes_on_after_a_restart(stack)
+    assert_a_missed_night_is_made_up_for(stack)
+    assert champion(stack, "nightly") == (1, "1")
+    switch_schedule(stack, on=False)
 
 
 def contents(stack: Stack) -> dict[str, Any]:

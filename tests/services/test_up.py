@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -14,11 +15,12 @@ import httpx
 import pytest
 
 from cli.servers import HOST, end_marked, free_port, is_free, marked
+from tests.cli.test_server_log import LINES
 from tests.services.stack import ROOT, wait_until
 
 READY_SECONDS = 600.0
 """Bound on the start of everything; 40 s on two idle cores."""
-END_SECONDS = 240.0
+END_SECONDS = 360.0
 """Bound on the end of everything; 10 s on two idle cores."""
 
 
@@ -30,6 +32,7 @@ class Up:
         self.printed = folder / "printed"
         self.prefect, self.mlflow = free_port(), free_port()
         self.process: subprocess.Popen[bytes] | None = None
+        self.settings: dict[str, str] = {}
 
     def command(self, *options: str) -> list[str]:
         ports = ["--prefect-port", str(self.prefect), "--mlflow-port", str(self.mlflow)]
@@ -37,7 +40,7 @@ class Up:
 
     def environment(self) -> dict[str, str]:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
-        return {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        return {**inherited, **self.settings, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
     def start(self) -> None:
         """Returns when it says that all is there."""
@@ -103,6 +106,7 @@ def test_it_prints_where_the_uis_are_and_what_to_do_next(up: Up) -> None:
         f"http://{HOST}:{up.mlflow}   models",
         f"http://{HOST}:{up.prefect}/deployments/deployment/{form}/run",
         "prefect deployment run retrain/on-demand",
+        "Schedules:\n  none is switched on",
     ):
         assert line in text
     exports = (
@@ -172,10 +176,19 @@ def test_ctrl_c_ends_a_running_flow_and_leaves_nothing(up: Up) -> None:
 
     up.start()
     assert "registering" not in up.text()
+    assert "Schedules:\n  retrain/nightly  cron 0 3 * * * Etc/UTC  next run 20" in up.text()
     assert up.api("GET", f"/flow_runs/{run}")["state_type"] != "RUNNING"
     again = up.api("GET", "/deployments/name/retrain/nightly")
     assert [s["active"] for s in again["schedules"]] == [True]
     assert again["id"] == nightly["id"]
+
+
+def test_an_error_of_a_service_of_the_server_is_said_once(up: Up) -> None:
+    with (up.folder / ".sft" / "logs" / "prefect.log").open("a") as log:
+        log.write(LINES)
+    said = "warning: Prefect's server reports an error of its service schedule_recent_deployments: sqlalchemy.exc.Inv"
+    wait_until(lambda: said in up.text(), END_SECONDS)
+    assert up.text().count(said) == 1
 
 
 def test_what_a_killed_one_left_is_ended_by_the_next(up: Up) -> None:
@@ -193,4 +206,17 @@ def test_a_server_that_dies_is_named_and_the_rest_is_stopped(up: Up) -> None:
     assert "error: mlflow ended with status -9" in up.text()
     assert str(up.folder / ".sft" / "logs" / "mlflow.log") in up.text()
     time.sleep(1)
+    assert up.left() == {}
+
+
+def test_a_server_that_plans_no_run_of_a_schedule_is_an_error(up: Up) -> None:
+    """Its scheduler is off, and no run of before is left. A broken one looks the same from outside."""
+    database = up.folder / ".sft" / "prefect" / "prefect.db"
+    with sqlite3.connect(database) as connection:
+        assert connection.execute("select count(*) from deployment_schedule where active").fetchone() == (1,)
+        connection.execute("delete from flow_run where auto_scheduled")
+    up.settings["PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED"] = "false"
+    refused = up.run()
+    assert refused.returncode == 1
+    assert "error: no run is planned of retrain/nightly (cron 0 3 * * * Etc/UTC)" in refused.stderr
     assert up.left() == {}

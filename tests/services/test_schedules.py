@@ -1,0 +1,80 @@
+"""A cron that is left alone ends in a registered version, over a restart of the server and a night that it missed."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from tests.services.left_alone import (
+    EVERY_MINUTE,
+    active_cron,
+    assert_a_missed_night_is_made_up_for,
+    assert_it_goes_on_after_a_restart,
+    champion,
+    completed_since,
+    restart_prefect,
+    switch_schedule,
+    when,
+)
+from tests.services.stack import Stack, write_project
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Stack]:
+    """Servers and one worker; the deployments come from `sft deploy`, which is all that a person does."""
+    stack = Stack(write_project(tmp_path_factory.mktemp("schedules"), tiny_model))
+    try:
+        stack.start()
+        stack.worker("cpu")
+        stack.prefect("work-pool", "create", "gpu", "--type", "process")
+        yield stack
+    finally:
+        stack.stop()
+
+
+def test_a_cron_ends_in_a_registered_version_with_nobody_starting_anything(stack: Stack) -> None:
+    active_cron(stack)
+    began = datetime.now(UTC)
+    printed = stack.sft("deploy")
+    (line,) = [line for line in printed.splitlines() if line.startswith("retrain/nightly")]
+    assert line.startswith(f"retrain/nightly  cron {EVERY_MINUTE} Etc/UTC  next run 20")
+    run = completed_since(stack, began)
+    assert when(run["expected_start_time"]).second == 0
+    deployed = stack.api("POST", "/flow_runs/filter", {"flow_runs": {"deployment_id": {"is_null_": False}}})
+    assert {run["created_by"]["type"] for run in deployed} == {"SCHEDULE"}, "somebody started a run"
+    assert champion(stack, "orders") == (1, "1")
+
+
+def test_a_restarted_server_goes_on_planning_and_starting(stack: Stack) -> None:
+    assert_it_goes_on_after_a_restart(stack)
+
+
+def test_a_night_that_the_server_missed_is_made_up_for(stack: Stack) -> None:
+    assert_a_missed_night_is_made_up_for(stack)
+    assert champion(stack, "orders") == (1, "1")
+    switch_schedule(stack, on=False)
+
+
+def test_a_scheduler_that_plans_nothing_is_an_error(stack: Stack) -> None:
+    """As a server does whose scheduler fails: the schedule is on, and no run is made."""
+    stack.processes["prefect"].kill()
+    stack.environment["PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED"] = "false"
+    restart_prefect(stack)
+    switch_schedule(stack, on=True)
+    with pytest.raises(AssertionError, match="status 1") as refused:
+        stack.sft("deploy", "--check", "--wait", "8")
+    assert (
+        f"error: no run is planned of retrain/nightly (cron {EVERY_MINUTE} Etc/UTC): the schedule is on, and the "
+        "Prefect server has made no run of it in 8 s"
+    ) in str(refused.value)
+
+
+def test_work_pools_that_are_not_there_are_named_before_anything_is_registered(stack: Stack) -> None:
+    file = stack.folder / "elsewhere.yaml"
+    file.write_text(
+        (stack.folder / "prefect.yaml").read_text().replace("name: gpu\n      job", "name: a100\n      job")
+    )
+    with pytest.raises(AssertionError, match="status 1") as refused:
+        stack.sft("deploy", "--prefect-file", str(file))
+    assert "make them first: prefect work-pool create a100 --type process" in str(refused.value)

@@ -1,0 +1,297 @@
+"""A year of nights in minutes: two models, one server, its own scheduler; rows come and stay away, things break.
+
+Nobody starts a run here. Schedules fire every NIGHT_SECONDS; the server plans a few nights ahead only, as it does with
+real ones. What happens meanwhile: new rows, nights without any, rows taken out, a source that is gone, a killed
+server, a killed worker, nights that start late, a rollback. Afterwards the ledger of nights balances, night by night.
+"""
+
+import os
+import signal
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from cli.servers import start_prefect, wait_for
+from tests.services.long_training import TRAINING, processes, wait_gone
+from tests.services.stack import RECIPE, RUN_SECONDS, Stack, wait_until, write_project, write_rows
+
+NIGHTS = 26
+"""Of each model: 52 in all."""
+NIGHT_SECONDS = 10
+AHEAD = 8
+"""Nights that the scheduler plans ahead; of a real nightly schedule it is three."""
+FIRST_NIGHT_SECONDS = 30
+"""From writing prefect.yaml to the first night: the deployments must be registered by then."""
+RESTART_SECONDS = 5
+"""From a crash to the next try, 120 s by default."""
+YEAR_SECONDS = 1400.0
+"""Bound on all nights; 400 s on two idle cores."""
+FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+MODELS = ("orders", "returns")
+SERVER = {
+    "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "2",
+    "PREFECT_SERVER_SERVICES_SCHEDULER_MIN_RUNS": str(AHEAD),
+    "PREFECT_SERVER_SERVICES_SCHEDULER_MIN_SCHEDULED_TIME": "0",
+    "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "2",
+}
+
+
+@dataclass
+class Learned:
+    """What one model is given to learn, in order: the number of rows and of optimizer steps."""
+
+    name: str
+    rows: int = 60
+    steps: int = 3
+    given: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def source(self) -> str:
+        """The rows' file, below the project."""
+        return f"{self.name}-{self.rows}.jsonl"
+
+    def give(self, folder: Path, rows: int, steps: int) -> None:
+        """New rows (or fewer), and a recipe of so many optimizer steps. A night reads the old ones or the new ones,
+        never half of each: the recipe names the file, and is replaced in one move."""
+        self.rows, self.steps = rows, steps
+        text = RECIPE.replace("name: orders", f"name: {self.name}").replace("rows.jsonl", self.source)
+        text = text.replace("max_steps: 3", f"max_steps: {steps}") + "schedule: {min_new_rows: 1}\n"
+        write_rows(folder / self.source, rows)
+        (folder / "recipe.new").write_text(text)
+        (folder / "recipe.new").rename(folder / f"{self.name}.yaml")
+
+
+class Year:
+    """The nights of all models, as the server has them."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self.models = {name: Learned(name) for name in MODELS}
+        self.began = datetime.now(UTC)
+
+    def deploy(self) -> None:
+        """One deployment a model, its schedule on; `sft deploy` is the last thing that a person does."""
+        self.began = (datetime.now(UTC) + timedelta(seconds=FIRST_NIGHT_SECONDS)).replace(microsecond=0)
+        rule = f"DTSTART:{self.began:%Y%m%dT%H%M%S}\\nRRULE:FREQ=SECONDLY;INTERVAL={NIGHT_SECONDS};COUNT={NIGHTS}"
+        text = "name: year\npull:\n  - prefect.deployments.steps.set_working_directory:\n"
+        text += '      directory: "{{ $SFT_PROJECT_DIR }}"\ndeployments:\n'
+        for name in MODELS:
+            text += f"""
+  - name: {name}
+    entrypoint: flows.retrain.retrain
+    tags: [sft]
+    parameters: {{recipe: {name}.yaml}}
+    schedules: [{{slug: nightly, rrule: "{rule}", timezone: UTC, active: true}}]
+    concurrency_limit: {{limit: 1, collision_strategy: ENQUEUE, grace_period_seconds: 600}}
+    work_pool: {{name: cpu}}
+"""
+        (self.stack.folder / "prefect.yaml").write_text(text)
+        self.stack.sft("deploy", "--wait", "20")
+
+    def nights(self, name: str) -> list[dict[str, Any]]:
+        """Runs that the scheduler made for a model, by the time they were due."""
+        deployment = self.stack.api("GET", f"/deployments/name/retrain/{name}")["id"]
+        wanted = {"flow_runs": {"deployment_id": {"any_": [deployment]}}, "sort": "EXPECTED_START_TIME_ASC"}
+        return list(self.stack.api("POST", "/flow_runs/filter", {**wanted, "limit": 200}))
+
+    def wait_for_night(self, ended: Callable[[dict[str, Any]], bool], what: str) -> None:
+        """Until each model has had a night that started from now on and ended as `ended` says."""
+        now = datetime.now(UTC)
+        for name in MODELS:
+
+            def look(name: str = name) -> bool:
+                nights = [night for night in self.nights(name) if night["start_time"]]
+                left = [night for night in self.nights(name) if night["state_type"] not in FINAL]
+                found = any(datetime.fromisoformat(night["start_time"]) > now and ended(night) for night in nights)
+                assert found or left or len(nights) < NIGHTS, f"{name}: the nights are over, none {what}"
+                return found
+
+            wait_until(look, RUN_SECONDS)
+
+    def learn(self, rows: int, steps: int) -> None:
+        """New rows or a better recipe; returns when each model has a version of it."""
+        for model in self.models.values():
+            model.give(self.stack.folder, rows, steps)
+            model.given.append((rows, steps))
+        for name, model in self.models.items():
+            wait_until(lambda name=name, model=model: len(self.versions(name)) == len(model.given), RUN_SECONDS)
+
+    def versions(self, name: str) -> list[Any]:
+        """Registered versions whose registration was finished, oldest first."""
+        found = MlflowClient(self.stack.mlflow_url).search_model_versions(f"name='{name}'")
+        return sorted((entry for entry in found if "sft.settled" in entry.tags), key=lambda entry: int(entry.version))
+
+
+@pytest.fixture(scope="module")
+def year(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Year]:
+    """All nights, with what happens in them."""
+    stack = Stack(write_project(tmp_path_factory.mktemp("year"), tiny_model), **SERVER)
+    try:
+        stack.start()
+        stack.worker("cpu")
+        year = Year(stack)
+        for model in year.models.values():
+            model.give(stack.folder, 60, 3)
+        year.deploy()
+        register_quick_restarts(stack)
+        live(year)
+        yield year
+    finally:
+        stack.stop()
+
+
+def live(year: Year) -> None:
+    """What happens in this year."""
+    stack = year.stack
+    year.learn(rows=60, steps=3)
+    year.learn(rows=66, steps=12)  # better
+    year.wait_for_night(completed, "without anything new")
+
+    for model in year.models.values():
+        (stack.folder / model.source).rename(stack.folder / f"{model.name}-away")
+    year.wait_for_night(failed, "failed")
+    for model in year.models.values():
+        (stack.folder / f"{model.name}-away").rename(stack.folder / model.source)
+    year.learn(rows=70, steps=12)  # no better
+
+    stack.processes["prefect"].kill()
+    time.sleep(2 * NIGHT_SECONDS)  # nights that nobody starts
+    stack.processes["prefect"] = start_prefect(stack.folder, stack.prefect_port, stack.environment)
+    wait_for(stack.processes["prefect"], f"{stack.prefect_url}/api/health")
+    year.wait_for_night(completed, "completed after the server's restart")
+
+    kill_worker_in_training(year, rows=76, steps=60)
+    for model in year.models.values():
+        model.give(stack.folder, model.rows - 2, model.steps)  # rows were taken out: nothing new to learn
+    year.wait_for_night(skipped, "skipped")
+
+    stack.sft("models", "rollback", "orders", "--reason", "it forgot French")
+    wait_until(
+        lambda: all(night["state_type"] in FINAL for name in MODELS for night in ended(year, name)), YEAR_SECONDS
+    )
+
+
+def kill_worker_in_training(year: Year, rows: int, steps: int) -> None:
+    """SIGKILL to the worker while a training is at work; another one comes when nights are late."""
+    stack = year.stack
+    for model in year.models.values():
+        model.give(stack.folder, rows, steps)
+        model.given.append((rows, steps))
+    wait_until(lambda: processes(stack, TRAINING), RUN_SECONDS, 0.1)
+    (name,) = [name for name in stack.processes if name.startswith("cpu")]
+    os.kill(stack.processes.pop(name).popen.pid, signal.SIGKILL)
+    wait_gone(stack, TRAINING)
+    wait_until(lambda: all(any(n["state_name"] == "Late" for n in year.nights(m)) for m in MODELS), RUN_SECONDS)
+    stack.worker("cpu")
+    for name, model in year.models.items():
+        wait_until(lambda name=name, model=model: len(year.versions(name)) == len(model.given), RUN_SECONDS)
+
+
+def ended(year: Year, name: str) -> list[dict[str, Any]]:
+    """A model's nights, all of which the scheduler must have made by now; else one that has not ended."""
+    nights = year.nights(name)
+    return nights if len(nights) == NIGHTS else [{"state_type": "SCHEDULED"}]
+
+
+def register_quick_restarts(stack: Stack) -> None:
+    """The automations of `sft deploy`, but quicker to start a crashed retraining again."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from tasks.automations import register_automations
+
+    with temporary_settings({PREFECT_API_URL: f"{stack.prefect_url}/api"}):
+        register_automations(180, restart_seconds=RESTART_SECONDS)
+
+
+def completed(night: dict[str, Any]) -> bool:
+    return bool(night["state_name"] == "Completed")
+
+
+def failed(night: dict[str, Any]) -> bool:
+    return bool(night["state_name"] == "Failed")
+
+
+def skipped(night: dict[str, Any]) -> bool:
+    return bool(night["state_name"] == "Skipped")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_night_that_was_due_ran_once_and_ended(year: Year, name: str) -> None:
+    nights = year.nights(name)
+    due = [year.began + timedelta(seconds=NIGHT_SECONDS * number) for number in range(NIGHTS)]
+    assert [datetime.fromisoformat(night["expected_start_time"]) for night in nights] == due
+    assert {night["created_by"]["type"] for night in nights} == {"SCHEDULE"}
+    states = Counter(night["state_name"] for night in nights)
+    print(name, dict(states))
+    assert states["Completed"] + states["Skipped"] + states["Failed"] == NIGHTS, states
+    assert min(states["Completed"], states["Skipped"], states["Failed"]) > 0, states
+    for night in nights:
+        if failed(night):
+            assert f"{name}-66.jsonl" in night["state"]["message"], night["state"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_thing_to_learn_became_one_version(year: Year, name: str) -> None:
+    versions = year.versions(name)
+    assert [entry.version for entry in versions] == [str(n + 1) for n in range(len(year.models[name].given))]
+    assert len({entry.tags["sft.merged_fingerprint"] for entry in versions}) == len(versions)
+    for step in ("train", "convert", "merge"):
+        made = [path.parent.name for path in (year.stack.folder / "store" / step).glob("*/manifest.json")]
+        assert len(made) == len(set(made)) == len(MODELS) * len(versions), step
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_champions_history_is_what_the_verdicts_and_the_rollback_say(year: Year, name: str) -> None:
+    client = MlflowClient(year.stack.mlflow_url)
+    champion, expected = "none", []
+    for entry in year.versions(name):
+        assert entry.tags["sft.judged_against"] == champion
+        if entry.tags["sft.promote"] == "true":
+            expected.append(f"{champion} -> {entry.version}")
+            champion = entry.version
+    assert len(expected) >= 3, expected
+    if name == "orders":
+        before = expected[-1].partition(" ->")[0]
+        expected.append(f"rolled back from {champion} to {before}")
+        champion = before
+    model = client.get_registered_model(name)
+    history = [words for key, words in sorted(model.tags.items()) if key.startswith("sft.history.")]
+    assert [words.partition(":")[0].partition(" by ")[0] for words in history] == expected
+    assert model.aliases["champion"] == champion
+
+
+def test_nothing_was_left_over_and_nothing_grew_that_should_not(year: Year) -> None:
+    """Flow runs: what each kind of night needs, and the attempts that the killed worker cost. MLflow: one ended run a
+    retraining and part. The store: whole artifacts only."""
+    states = Counter(night["state_name"] for name in MODELS for night in year.nights(name))
+    restarted = sum(night["run_count"] - 1 for name in MODELS for night in year.nights(name))
+    with sqlite3.connect(year.stack.folder / "prefect" / "prefect.db") as database:
+        query = "select flow.name, count(*) from flow_run join flow on flow.id = flow_run.flow_id group by flow.name"
+        runs = dict(database.execute(query).fetchall())
+    print(dict(states), runs, f"restarted {restarted}")
+    assert runs["retrain"] == len(MODELS) * NIGHTS
+    assert 1 <= restarted <= len(MODELS)
+    assert 0 <= runs["prepare"] - states["Completed"] - states["Skipped"] <= restarted
+    assert 0 <= runs["train"] - states["Completed"] <= restarted
+    assert runs["publish"] == states["Completed"]
+    client = MlflowClient(year.stack.mlflow_url)
+    for name, model in year.models.items():
+        found = client.search_runs([client.get_experiment_by_name(name).experiment_id])
+        parts = Counter((run.data.tags["sft.part"], run.info.status) for run in found)
+        plans = len(model.given)
+        assert parts == {
+            ("retraining", "FINISHED"): plans + 1,  # and the skipped one
+            ("prepare", "FINISHED"): plans + 1,
+            ("train", "FINISHED"): plans,
+            ("publish", "FINISHED"): plans,
+        }
+    leases = [path for path in (year.stack.folder / "store").rglob("*") if "tmp" in path.name or "lease" in path.name]
+    assert leases == []
