@@ -7,7 +7,6 @@ file, `globals()`) cannot be seen here.
 """
 
 import ast
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,9 @@ from typing import Any
 
 from sft_core.errors import RecipeError
 from sft_core.fingerprint import hash_text
-from sft_core.normalize.load import missing_file, nearest, shipped_name, split_name
+from sft_core.normalize.load import missing_file, nearest, refuse_collision, shipped_name, split_name
 from sft_core.normalize.map_fns import MAP_FNS_VERSION
+from sft_core.own_packages import module_file, search_folders
 
 Block = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -34,7 +34,7 @@ def map_fn_source(name: str) -> dict[str, Any]:
         project = _Project(path.parent, own=path.stem, path=path)
     else:
         root = find_root(where, name)
-        project = _Project(root, own=where, path=module_file(root, where))
+        project = _Project(root, own=where, path=module_file(root, where), name=name)
     own = project.module(project.own)
     if function not in own.known() and not own.stars:
         known = list(own.definitions)
@@ -45,16 +45,11 @@ def map_fn_source(name: str) -> dict[str, Any]:
 
 def find_root(dotted: str, name: str) -> Path:
     """The folder from which a module is imported: the first on `sys.path` that has it, else the current one."""
-    for folder in [*map(Path, sys.path), Path.cwd()]:
+    refuse_collision(dotted, name)
+    for folder in search_folders():
         if module_file(folder, dotted):
-            return folder.resolve()
+            return folder
     raise RecipeError(f"map_fn {name!r}: no Python source of {dotted!r} here or on sys.path")
-
-
-def module_file(root: Path, dotted: str) -> Path | None:
-    """The source of a module below `root`."""
-    base = root.joinpath(*dotted.split("."))
-    return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
 
 
 @dataclass
@@ -72,8 +67,9 @@ class _Module:
 class _Project:
     """Walks from one function to everything it uses among the modules below `root`."""
 
-    def __init__(self, root: Path, own: str, path: Path | None) -> None:
-        self.root, self.own, self.path = root, own, path
+    def __init__(self, root: Path, own: str, path: Path | None, name: str | None = None) -> None:
+        """`name` of a map_fn that is imported; one in a file finds its neighbours before anything else."""
+        self.root, self.own, self.path, self.name = root, own, path, name
         installed = {"site-packages", "dist-packages"} & set(root.parts)
         self.top = own.partition(".")[0] if installed else None  # of an installed package, only its own modules
         self.code: dict[str, str] = {}
@@ -82,6 +78,8 @@ class _Project:
     def module(self, dotted: str) -> _Module:
         """A module of the project, read once."""
         if dotted not in self._modules:
+            if self.name is not None:
+                refuse_collision(dotted, self.name)
             path = self.path if dotted == self.own else module_file(self.root, dotted)
             assert path is not None, f"{dotted} was found before"
             try:

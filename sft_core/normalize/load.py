@@ -15,6 +15,7 @@ from typing import Any
 
 from sft_core.errors import RecipeError
 from sft_core.normalize.map_fns import ALIASES, MAP_FNS
+from sft_core.own_packages import NAMES, also_found_in, find_collision, hold_free_names
 
 FORMS = "a shipped name, package.module:function or path.py:function"
 
@@ -24,7 +25,7 @@ def load_map_fn(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
     A user's file is run afresh each time, and so are the modules beside it that it imports at its top: what runs is
     what `map_fn_source` reads. `package.module` is looked for on `sys.path`, then in the current directory, and stays
-    as it is until the process ends.
+    as it is until the process ends. It may be in a package that has the name of one of ours (`own_packages`).
     """
     shipped = shipped_name(name)
     if shipped:
@@ -92,32 +93,54 @@ def _imports_from(folder: Path) -> Iterator[None]:
     beside = {entry.stem for entry in folder.iterdir() if entry.suffix == ".py" or (entry / "__init__.py").is_file()}
     strange = {top for top in beside - sys.stdlib_module_names if top in sys.modules and not _lies_in(top, folder)}
     hidden = {key: sys.modules.pop(key) for key in list(sys.modules) if key.partition(".")[0] in strange}
-    known = {key.partition(".")[0] for key in sys.modules}
+    before = set(sys.modules)
+    known = {key.partition(".")[0] for key in before}
     writes_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # a cache that goes by whole seconds
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
     try:
-        yield
+        with also_found_in(folder):
+            yield
     finally:
         sys.dont_write_bytecode = writes_bytecode
         sys.path.remove(str(folder))
-        for key in [key for key in sys.modules if key.partition(".")[0] in beside - known]:
-            del sys.modules[key]
+        for key in [key for key in sys.modules if key not in before]:
+            top = key.partition(".")[0]
+            if top in beside - known or (top in NAMES and _lies_in(key, folder)):
+                del sys.modules[key]
         sys.modules.update(hidden)
 
 
-def _lies_in(top: str, folder: Path) -> bool:
-    file = getattr(sys.modules[top], "__file__", None)
+def _lies_in(module: str, folder: Path) -> bool:
+    file = getattr(sys.modules[module], "__file__", None)
     return file is not None and folder in Path(file).resolve().parents
 
 
 def _import_module(module: str, name: str) -> ModuleType:
-    sys.path.append(str(Path.cwd()))  # last: it never hides an installed package
+    refuse_collision(module, name)
+    if "" not in sys.path:
+        sys.path.append("")  # the current folder, last: it hides nothing; it stays, for imports inside functions
+    hold_free_names()
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise RecipeError(f"map_fn {name!r}: no module {error.name!r} here or installed; write {FORMS}") from error
+    except ImportError as error:
+        missing = error.name or module
+        for end in range(missing.count(".") + 1):
+            refuse_collision(missing.rsplit(".", end)[0], name)
+        if isinstance(error, ModuleNotFoundError):
+            raise RecipeError(f"map_fn {name!r}: no module {error.name!r} here or installed; write {FORMS}") from error
+        raise RecipeError(f"map_fn {name!r}: importing it failed: {type(error).__name__}: {error}") from error
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's module may raise anything
         raise RecipeError(f"map_fn {name!r}: importing it failed: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(str(Path.cwd()))
+
+
+def refuse_collision(module: str, name: str) -> None:
+    """RecipeError that names both files, where a module that a map_fn needs is the user's and ours."""
+    collision = find_collision(module)
+    if collision is None:
+        return
+    where, _, function = name.rpartition(":")
+    theirs = collision.theirs
+    written = theirs.relative_to(Path.cwd()) if theirs.is_relative_to(Path.cwd()) else theirs
+    way_out = f", or write {written}:{function}" if where == module else ""
+    raise RecipeError(f"map_fn {name!r}: {collision}{way_out}")
