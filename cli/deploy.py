@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.local_stack import DEPLOY_SECONDS, deploy_command, prefect_file
+from cli.local_stack import DEPLOY_SECONDS, deploy_command, deploy_environment, prefect_file
 from cli.servers import ServerError
 
 if TYPE_CHECKING:
@@ -113,10 +113,9 @@ def _require_pools(file: Path) -> None:
 def _register(file: Path) -> None:
     from tasks.automations import heartbeat_frequency, register_automations
 
-    environment = {name: value for name, value in os.environ.items() if name != "SFT_PROJECT_DIR"}
     done = subprocess.run(
         [sys.executable, "-m", *deploy_command(file)],
-        env=environment,
+        env=deploy_environment(os.environ),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

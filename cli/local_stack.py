@@ -145,9 +145,14 @@ def code_hash(file: Path) -> str:
 
 
 def deploy_command(file: Path) -> list[str]:
-    """`python -m` this: registers all deployments of `file`. Its environment must not have SFT_PROJECT_DIR, which each
-    worker is to read from its own."""
+    """`python -m` this registers all deployments of `file`."""
     return ["prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
+
+
+def deploy_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """For `deploy_command`: without SFT_PROJECT_DIR, which each worker is to read from its own environment, and with
+    our packages before those of the current folder."""
+    return {**{k: v for k, v in environment.items() if k != "SFT_PROJECT_DIR"}, "PYTHONSAFEPATH": "1"}
 
 
 def start_deploy(project: Path, folder: Path, environment: Mapping[str, str]) -> Process | None:
@@ -155,8 +160,8 @@ def start_deploy(project: Path, folder: Path, environment: Mapping[str, str]) ->
     file = prefect_file(project)
     if _registered(folder).is_file() and _registered(folder).read_text() == code_hash(file) and form_id() is not None:
         return None
-    environment = {k: v for k, v in environment.items() if k != "SFT_PROJECT_DIR"}  # the workers' own is to be read
-    return start("deploy", deploy_command(file), folder, environment)
+    # In the user's folder: entrypoints of a user's own flows are relative to it.
+    return start("deploy", deploy_command(file), folder, deploy_environment(environment), where=project)
 
 
 def finish_deploy(deploy: Process, project: Path, folder: Path) -> None:

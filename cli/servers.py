@@ -63,14 +63,16 @@ class Process:
         self.popen.wait()
 
 
-def start(name: str, arguments: list[str], folder: Path, environment: Mapping[str, str]) -> Process:
-    """Start `python -m ARGUMENTS` in `folder`; what it prints goes to `<folder>/logs/<name>.log`."""
+def start(
+    name: str, arguments: list[str], folder: Path, environment: Mapping[str, str], where: Path | None = None
+) -> Process:
+    """Start `python -m ARGUMENTS` in `folder`, or in `where`; what it prints goes to `<folder>/logs/<name>.log`."""
     log = folder / "logs" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         popen = subprocess.Popen(
             [sys.executable, "-m", *arguments],
-            cwd=folder,
+            cwd=where or folder,
             env=dict(environment),
             stdin=subprocess.DEVNULL,
             stdout=file,

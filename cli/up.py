@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.deploy import ScheduleWatch, scheduled_runs
+from cli.loading import finish_loading, start_loading
 from cli.local_stack import (
     FORM,
     POOLS,
@@ -26,6 +27,7 @@ from cli.local_stack import (
     make_automations,
     make_pools,
     pause_pools,
+    prefect_file,
     resume_pools,
     start_deploy,
 )
@@ -99,11 +101,13 @@ def _start(stack: Stack) -> None:
     stack.server_log.skip()
     stack.servers.append(start_prefect(stack.folder, stack.prefect_port, environment, stack.host))
     stack.servers.append(start_mlflow(stack.folder, stack.mlflow_port, environment, host=stack.host))
+    loading = start_loading(stack.project, prefect_file(stack.project), environment)
     os.environ.update(environment)  # before Prefect is imported here
     wait_for(stack.servers[0], f"{stack.prefect_url}/api/health")
     make_pools()
     resume_pools(stack.folder)
     make_automations()
+    finish_loading(loading, stack.project)
     deploy = start_deploy(stack.project, stack.folder, environment)
     if deploy is not None:
         print("registering the deployments", flush=True)

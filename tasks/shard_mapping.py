@@ -15,6 +15,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from sft_core.errors import RecipeError
+from sft_core.own_packages import hold_names
 from sft_core.parcels import Parcel, pack_parcel, unpacked
 from sft_core.processes import default_processes, process_mapper
 from sft_core.recipe.sections import ComputeConfig
@@ -64,6 +65,7 @@ class _DaskMapper:
         from prefect_dask import DaskTaskRunner  # optional
 
         with DaskTaskRunner(address=self._address) as runner:
+            runner.client.register_worker_callbacks(hold_names)  # of those that join later, too
             ahead: deque[Any] = deque()
             for start in range(0, len(arguments), SHARDS_A_TASK):
                 if len(ahead) == TASKS_AHEAD:

@@ -73,6 +73,7 @@ def training_environment(
 ) -> dict[str, str]:
     """The child's environment: unbuffered, offline telemetry, and without torchrun what it would have set."""
     child = {**environment, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
+    child["PYTHONSAFEPATH"] = "1"  # `-m` would put the user's folder first: nothing of it is to hide what ranks import
     child["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(int(launch.ddp_timeout))  # ranks that were asked to stop are saving
     here = launch.local_world_size if launch.launcher == "slurm" else num_processes // launch.nnodes
     child.setdefault("OMP_NUM_THREADS", str(max(1, ((os.cpu_count() or 1) - 1) // here)))  # one core for us
