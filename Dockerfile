@@ -16,6 +16,7 @@ COPY cli cli
 COPY demo demo
 COPY flows flows
 COPY recipes recipes
+COPY sft_cli sft_cli
 COPY sft_core sft_core
 COPY tasks tasks
 COPY deploy deploy

@@ -47,6 +47,7 @@ def run(
     from rich.console import Console
 
     from cli.summary import Ended, print_summary
+    from demo.provide import provide_base_model
     from sft_core.errors import RecipeError
     from sft_core.plan import plan_recipe
     from sft_core.recipe import parse_settings, resolve
@@ -56,6 +57,7 @@ def run(
     clock = time.monotonic()
     overrides = parse_settings(set_ or [])
     resolved = resolve(recipe, overrides)
+    provide_base_model(resolved.base_model.path)
     if rehearse:
         from cli.rehearse import rehearse as rehearse_recipe
 
@@ -97,6 +99,7 @@ def train(
     130 Ctrl-C. Next: sft convert pth-to-hf.
     """
     from cli.launch import read_launch, train_as, with_ranks
+    from demo.provide import provide_base_model
     from sft_core.recipe import merge_keys, parse_settings, resolve
 
     launch = read_launch(os.environ, launcher, ddp_timeout)
@@ -104,6 +107,7 @@ def train(
     if deepspeed is not None:
         overrides = merge_keys(overrides, {"train": {"deepspeed": deepspeed}})
     resolved = resolve(recipe, with_ranks(os.environ, launch, overrides, resolve(recipe, overrides)))
+    provide_base_model(resolved.base_model.path)
     train_as(launch, resolved)
 
 
@@ -141,8 +145,12 @@ def _run_flow(recipe: str, overrides: dict[str, Any]) -> "Ended":
     print("starting Prefect", file=sys.stderr, flush=True)
     from cli.environment import debugging
     from cli.prefect_console import quiet_tracebacks
+    from cli.prefect_database import migrating_alone
     from cli.summary import Ended
-    from flows.retrain import retrain  # imports prefect
+
+    with migrating_alone():
+        _start_temporary_server()
+        from flows.retrain import retrain  # imports prefect
 
     general = {key: overrides.pop(key) for key in ("name", "seed", "store", "eval_fraction") if key in overrides}
     if not debugging():
@@ -150,3 +158,13 @@ def _run_flow(recipe: str, overrides: dict[str, Any]) -> "Ended":
     state = retrain(recipe=recipe, general=general or None, return_state=True, **overrides)
     registered = state.result()  # raises what the flow raised
     return Ended(registered, state.message if state.name == "Skipped" else None)
+
+
+def _start_temporary_server() -> None:
+    """The one that the flow would start by itself, where no server is configured."""
+    from prefect.settings import get_current_settings
+
+    if get_current_settings().api.url is None:
+        from prefect.server.api.server import SubprocessASGIServer
+
+        SubprocessASGIServer().start()

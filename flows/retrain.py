@@ -11,6 +11,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed
 
+from demo.provide import provide_base_model
 from flows.handover import PartCancelled
 from flows.hooks import cancel_children
 from flows.job import run_part
@@ -90,6 +91,7 @@ def retrain(  # noqa: PLR0913 - one parameter a section, as the form shows them
     )
     try:
         with ends_when_unwanted():
+            provide_base_model(resolved.base_model.path)
             return _parts(resolved, plan_recipe(resolved))
     except PartCancelled as cancelled:
         return Cancelled(message=str(cancelled))

@@ -16,6 +16,7 @@ DOUBLES = ("original/*", "consolidated*", "onnx/*")
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 """One of them is there, or transformers loads the `.bin` files."""
 COMMIT = re.compile("[0-9a-f]{40}")
+DEMO = ".demo/base"
 TOKENIZER_PREFIXES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")
 
 
@@ -71,6 +72,9 @@ def local_base_model(config: BaseModelConfig, commit: str | None) -> Path:
 
 
 def _hub_commit(config: BaseModelConfig) -> str:
+    if config.path.startswith((".", "/", "~")):  # no hub id begins so
+        hint = "`sft run demo` makes it" if config.path == DEMO else "name a model folder, or a hub id"
+        raise ModelError(f"base_model.path {config.path!r}: no such folder ({Path(config.path).resolve()}); {hint}")
     if COMMIT.fullmatch(config.revision or ""):
         return str(config.revision)
     from huggingface_hub import HfApi  # slow to import

@@ -19,6 +19,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from sft_core.errors import SftError
+from tasks.mlflow_database import migrate_current
 
 PATIENCE = "SFT_MLFLOW_PATIENCE_SECONDS"
 PATIENCE_SECONDS = 600.0
@@ -45,6 +46,7 @@ class PatientClient:
 def new_client() -> MlflowClient:
     """Of the server or database that `MLFLOW_TRACKING_URI` names; gives up on one that is away after half a minute."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
+    migrate_current()
     return MlflowClient()
 
 

@@ -28,6 +28,7 @@ from sft_core.plan import Plan
 from sft_core.recipe import Recipe
 from sft_core.steps import Built
 from sft_core.train.metrics import read_metrics
+from tasks.mlflow_database import migrate_current
 from tasks.patience import PatientClient, first_line, new_client, patiently
 
 RETRAINING, PART = "sft.retraining", "sft.part"
@@ -239,6 +240,7 @@ def flatten(value: Any, key: str = "") -> dict[str, str]:
 
 def download_model(uri: str) -> Path:
     """Local folder of a registered model's HF files, from `models:/NAME@ALIAS` or `models:/NAME/VERSION`."""
+    migrate_current()
     folder = Path(patiently(mlflow.artifacts.download_artifacts, uri))
     model = folder / "model"
     return model if model.is_dir() else folder

@@ -78,6 +78,6 @@ def test_workers_are_of_the_pools_and_have_time_to_save(services: dict[str, Any]
 def test_the_dockerfile_copies_every_package() -> None:
     lines = (ROOT / "Dockerfile").read_text("utf-8").splitlines()
     copied = {line.split()[1] for line in lines if line.startswith("COPY")}
-    assert {"cli", "demo", "flows", "recipes", "sft_core", "tasks", "deploy"} <= copied
+    assert {"cli", "demo", "flows", "recipes", "sft_cli", "sft_core", "tasks", "deploy"} <= copied
     allowed = {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines()}
     assert copied <= allowed | {"pyproject.toml"}

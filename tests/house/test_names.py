@@ -11,7 +11,7 @@ from sft_core.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 STEPS = [*KIND_OF_STEP, "register"]
-PACKAGES = ("sft_core", "tasks", "flows", "cli", "demo")
+PACKAGES = ("sft_core", "tasks", "flows", "cli", "sft_cli", "demo")
 SOURCES = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
 
 
@@ -41,7 +41,7 @@ def test_every_module_says_what_it_is() -> None:
 
 def test_flows_and_top_level_folders_shadow_nothing() -> None:
     taken = set(packages_distributions()) | set(sys.stdlib_module_names)
-    own = {"flows", "tasks", "sft_core", "cli", "demo", "recipes"}
+    own = {"flows", "tasks", "sft_core", "cli", "sft_cli", "demo", "recipes"}
     for path in (ROOT / "flows").glob("*.py"):
         assert path.stem == "__init__" or path.stem not in taken - own, path
 
