@@ -117,6 +117,12 @@ def test_every_deployment_is_there_on_its_pool(deployments: dict[str, Deployment
     }
 
 
+def test_entrypoints_have_a_name_that_no_user_has(deployments: dict[str, Deployment]) -> None:
+    """Prefect puts the user's folder first on a run's path, and `flows` is a name that users have too."""
+    for deployment in deployments.values():
+        assert deployment.entrypoint == f"sft_cli.deployments.{deployment.flow.name}"
+
+
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
