@@ -65,7 +65,8 @@ class _DaskMapper:
         from prefect_dask import DaskTaskRunner  # optional
 
         with DaskTaskRunner(address=self._address) as runner:
-            runner.client.register_worker_callbacks(hold_names)  # of those that join later, too
+            runner.client.run_on_scheduler(hold_names)  # it unpickles tasks too
+            runner.client.register_worker_callbacks(hold_names)  # also of workers that join later
             ahead: deque[Any] = deque()
             for start in range(0, len(arguments), SHARDS_A_TASK):
                 if len(ahead) == TASKS_AHEAD:

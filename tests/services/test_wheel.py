@@ -178,7 +178,7 @@ class InstalledUp(Up):
         logs = self.api("POST", "/logs/filter", {"logs": {"flow_run_id": {"any_": [run]}}, "limit": 200})
         assert state["type"] == "COMPLETED", (name, state, [entry["message"] for entry in logs][-20:])
 
-    def prefect(self, *arguments: str) -> str:
+    def prefect_command(self, *arguments: str) -> str:
         """A `prefect` command as the user gives it in the folder."""
         python = str(self.binaries / "python")
         return done([python, "-m", "prefect", *arguments], self.folder, **self.exports())
@@ -219,27 +219,27 @@ def test_commands_work_in_it(new_environment: Path, tmp_path: Path, tiny_model: 
 def test_sft_up_retrains_in_it(
     new_environment: Path, tmp_path: Path, tiny_model: Path, name: str, ups: list[InstalledUp]
 ) -> None:
-    """Ours and the user's own deployment, in the same pool; then ours on a worker that the user starts by hand."""
+    """The user's own deployment; ours on a worker that the user starts by hand; a whole retraining."""
     layout = LAYOUTS[name]
     up = InstalledUp(write_layout(tmp_path / "project", tiny_model, layout), new_environment)
     ups.append(up)
     up.start()
-    up.wait_completed("retrain/on-demand", {"recipe": "recipe.yaml"})
-    models = done([str(new_environment / "sft"), "models", "list"], up.folder, **up.exports())
-    assert "orders" in models
-    assert "champion" in models
-    up.prefect("--no-prompt", "deploy", layout.entrypoint, "--name", "own", "--pool", "cpu")
+    up.prefect_command("--no-prompt", "deploy", layout.entrypoint, "--name", "own", "--pool", "cpu")
     up.wait_completed("mine/own", {})
     by_hand = start_worker_by_hand(up, "hand")
     try:
         up.wait_completed("prepare/by-hand", {"recipe": {**recipe_of(up.folder), "seed": 1}})
     finally:
         by_hand.stop()
+    up.wait_completed("retrain/on-demand", {"recipe": "recipe.yaml"})
+    models = done([str(new_environment / "sft"), "models", "list"], up.folder, **up.exports())
+    assert "orders" in models
+    assert "champion" in models
 
 
 def start_worker_by_hand(up: InstalledUp, pool: str) -> Process:
     """A worker of a new pool, started in the user's folder as docs/deploy.md says; `prepare` is deployed to it."""
-    up.prefect("work-pool", "create", pool, "--type", "process")
+    up.prefect_command("work-pool", "create", pool, "--type", "process")
     ours = up.api("GET", "/deployments/name/prepare/cpu")
     keys = ("flow_id", "entrypoint", "pull_steps", "job_variables", "parameter_openapi_schema", "version")
     up.api("POST", "/deployments/", {key: ours[key] for key in keys} | {"name": "by-hand", "work_pool_name": pool})
