@@ -28,9 +28,9 @@ NIGHTS = 26
 NIGHT_SECONDS = 10
 AHEAD = 8
 """Nights that the scheduler plans ahead; of a real nightly schedule it is three."""
-FIRST_NIGHT_SECONDS = 30
+FIRST_NIGHT_SECONDS = 90
 """From writing prefect.yaml to the first night: the deployments must be registered by then."""
-RESTART_SECONDS = 5
+RESTART_SECONDS = 10
 """From a crash to the next try, 120 s by default."""
 YEAR_SECONDS = 1400.0
 """Bound on all nights; 400 s on two idle cores."""
@@ -39,8 +39,8 @@ MODELS = ("orders", "returns")
 SERVER = {
     "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "2",
     "PREFECT_SERVER_SERVICES_SCHEDULER_MIN_RUNS": str(AHEAD),
-    "PREFECT_SERVER_SERVICES_SCHEDULER_MIN_SCHEDULED_TIME": "0",
-    "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "2",
+    "PREFECT_SERVER_SERVICES_SCHEDULER_MIN_SCHEDULED_TIME": "PT1S",
+    "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "5",
 }
 
 
@@ -86,7 +86,7 @@ class Year:
         for name in MODELS:
             text += f"""
   - name: {name}
-    entrypoint: flows.retrain.retrain
+    entrypoint: sft_cli.deployments.retrain
     tags: [sft]
     parameters: {{recipe: {name}.yaml}}
     schedules: [{{slug: nightly, rrule: "{rule}", timezone: UTC, active: true}}]
