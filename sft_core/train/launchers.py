@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sft_core.errors import RecipeError
+from sft_core.own_packages import ROOT
 
 DDP_TIMEOUT_SECONDS = 600
 """HF's `ddp_timeout`: how long ranks wait for one another."""
@@ -73,12 +74,11 @@ def training_environment(
 ) -> dict[str, str]:
     """The child's environment: unbuffered, offline telemetry, and without torchrun what it would have set."""
     child = {**environment, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
-    child["PYTHONSAFEPATH"] = "1"  # `-m` would put the user's folder first: nothing of it is to hide what ranks import
     child["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(int(launch.ddp_timeout))  # ranks that were asked to stop are saving
     here = launch.local_world_size if launch.launcher == "slurm" else num_processes // launch.nnodes
     child.setdefault("OMP_NUM_THREADS", str(max(1, ((os.cpu_count() or 1) - 1) // here)))  # one core for us
-    root = str(Path(__file__).parents[2])
-    child["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [child.get("PYTHONPATH")])])
+    child["PYTHONSAFEPATH"] = "1"  # `-m` would put the current folder first, where a user's datasets.py may lie
+    child["PYTHONPATH"] = os.pathsep.join([str(ROOT), *_elsewhere(child.get("PYTHONPATH", ""))])
     interface = interface_towards(launch.addr) if launch.nnodes > 1 else None
     if interface is not None:
         child.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -92,6 +92,11 @@ def training_environment(
             MASTER_PORT=str(launch.port or free_port()),
         )
     return child
+
+
+def _elsewhere(places: str) -> list[str]:
+    """Entries of PYTHONPATH but the current folder, which Prefect puts there: ranks import nothing of the user's."""
+    return [place for place in places.split(os.pathsep) if place and Path(place).resolve() != Path.cwd()]
 
 
 def slurm_launch(environment: Mapping[str, str], ddp_timeout: float = DDP_TIMEOUT_SECONDS) -> Launch:

@@ -3,6 +3,8 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,17 @@ def test_a_task_of_srun_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {name: child[name] for name in expected} == expected
     assert child["MASTER_PORT"] == "20123"
     assert "torch.distributed.run" not in training_command(LOG, 6, launch)
+
+
+def test_nothing_in_the_current_folder_hides_what_ranks_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's `datasets.py`: `-m` puts the folder first, and in a flow run PYTHONPATH names it too."""
+    monkeypatch.chdir(tmp_path)
+    places = os.pathsep.join([str(tmp_path), str(tmp_path / "else"), ""])
+    child = training_environment({**os.environ, "PYTHONPATH": places}, 1)
+    shown = subprocess.run([sys.executable, "-m", "site"], env=child, capture_output=True, text=True, timeout=60).stdout
+    path = [line.strip().strip("',") for line in shown.partition("[")[2].partition("]")[0].splitlines() if line.strip()]
+    assert path[:2] == [str(Path(__file__).parents[2]), str(tmp_path / "else")]
+    assert str(tmp_path) not in path
 
 
 @pytest.mark.parametrize(
