@@ -1,7 +1,8 @@
 """Prefect automations that notice dead runs and start a crashed retraining again.
 
 In: how often flow runs give a sign of life. Out: four automations on the server, the same however often this is done.
-`python -m tasks.automations` does it, with the settings of its environment. They touch only runs with the tag `sft`.
+`python -m sft_cli.module tasks.automations` does it, with the settings of its environment. They touch only runs with
+the tag `sft`.
 Source: docs.prefect.io, "How to detect and respond to zombie flows".
 """
 
@@ -149,7 +150,7 @@ def _change(state: StateType, message: str, name: str | None = None, force: bool
 
 def _automation(name: str, trigger: EventTrigger, action: ChangeFlowRunState) -> AutomationCore:
     return AutomationCore(
-        name=name, description="Made by `python -m tasks.automations`.", trigger=trigger, actions=[action]
+        name=name, description="Made by sft-flows (tasks.automations).", trigger=trigger, actions=[action]
     )
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import re
 import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -44,6 +45,15 @@ def test_flows_and_top_level_folders_shadow_nothing() -> None:
     own = {"flows", "tasks", "sft_core", "cli", "sft_cli", "demo", "recipes"}
     for path in (ROOT / "flows").glob("*.py"):
         assert path.stem == "__init__" or path.stem not in taken - own, path
+
+
+def test_nothing_starts_a_program_by_a_name_that_users_have_too() -> None:
+    """`python -m tasks.x` in a user's folder is the user's; `python -m sft_cli.module tasks.x` is ours anywhere."""
+    shown = [ROOT / "docker-compose.yaml", ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("deploy/**/*")]
+    for path in {*SOURCES, *shown} - {ROOT / "docs" / "LOG.md"}:
+        if path.is_file():
+            found = re.findall(r"""-m["']?,? ["']?((?:cli|flows|tasks|recipes)\b[.\w]*)""", path.read_text("utf-8"))
+            assert not found, (path, found)
 
 
 def test_constraints_are_plain_pins() -> None:

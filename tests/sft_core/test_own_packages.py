@@ -98,6 +98,14 @@ def test_our_packages_are_ours_in_our_processes(tmp_path: Path, layout: str) -> 
     assert done.stdout.strip() == str([str(ROOT / name) for name in ("cli", "demo", "flows", "recipes", "tasks")])
 
 
+def test_a_module_of_ours_runs_as_a_program_in_the_users_folder(tmp_path: Path) -> None:
+    lay(tmp_path, LAYOUTS["packages"])
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "sft_cli.module", "cli.main", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    assert "Retrain chat models" in done.stdout, done.stderr[-2000:]
+
+
 def test_without_it_the_users_come_first(tmp_path: Path) -> None:
     """That the layouts are what they are meant to be."""
     lay(tmp_path, LAYOUTS["packages"])
