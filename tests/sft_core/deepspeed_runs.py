@@ -1,6 +1,6 @@
 """A trainer that writes small DeepSpeed checkpoints, with the live optimizer's fp32 masters beside them.
 
-    torchrun --nproc_per_node=2 tests/sft_core/deepspeed_runs.py OUT RUN...
+torchrun --nproc_per_node=2 tests/sft_core/deepspeed_runs.py OUT RUN...
 """
 
 import os

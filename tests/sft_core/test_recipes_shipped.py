@@ -37,7 +37,7 @@ XTUNER_BOTH = {
 
 
 def test_these_ship() -> None:
-    assert set(NAMES) == {"demo", *MODELS}
+    assert set(NAMES) == {"demo", "demo_real", *MODELS}
 
 
 @pytest.mark.parametrize("name", NAMES)
