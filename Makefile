@@ -27,7 +27,7 @@ test-services: $(READY)  ## real servers: Prefect, MLflow, PostgreSQL, S3, a bro
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/services
 
 test-real: $(READY)  ## the whole DAG and its consumers on that real model; about eight minutes on two cores
-	$(BIN)/python -m pytest -q tests/real
+	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest -q tests/real
 
 check: $(READY)  ## format, lint, types, layers
 	$(BIN)/ruff format --check .

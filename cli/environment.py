@@ -1,8 +1,10 @@
 """Settings of libraries that must be in the environment before they are imported. What the user set stays."""
 
-import logging
 import os
-import warnings
+
+from sft_core.quiet import DEBUG, debugging, quiet_libraries
+
+__all__ = ["DEBUG", "DEFAULTS", "debugging", "quiet_libraries", "set_defaults"]
 
 DEFAULTS = {
     "DO_NOT_TRACK": "true",
@@ -18,23 +20,7 @@ DEFAULTS = {
 }
 
 
-DEBUG = "SFT_DEBUG"
-
-
-def debugging() -> bool:
-    """Whether `--debug` was given: errors then show their traceback."""
-    return DEBUG in os.environ
-
-
 def set_defaults() -> None:
     """Telemetry off, servers as this project needs them, no progress bars in logs."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
-
-
-def quiet_libraries() -> None:
-    """Silence what libraries say about themselves at every start; their errors stay."""
-    warnings.filterwarnings("ignore", message='Field name "register"')  # a section is called so, in the flow's form too
-    for name in ("mlflow.store.db.utils", "mlflow.transformers", "bitsandbytes.backends.cpu.ops", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)  # it sets its own level

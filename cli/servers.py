@@ -25,8 +25,10 @@ START_SECONDS = 300.0
 """Bound on a server's start; on two idle cores a cold one takes 20 s."""
 STOP_SECONDS = 30.0
 LOOK_SECONDS = 0.2
-MLFLOW_SETTINGS = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-"""Seven background processes that nothing here uses."""
+MLFLOW_SETTINGS = {
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # seven background processes that nothing here uses
+    "PYTHONWARNINGS": "ignore:starlette.middleware.wsgi",  # for MLflow's developers; it stood in the server's log
+}
 MARK = "SFT_STACK"
 """Variable in the environment of every process of a stack that `sft up` started: the stack's folder."""
 

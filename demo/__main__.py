@@ -45,7 +45,8 @@ def _make_base_model(folder: Path, maker: str, what: str) -> None:
         return
     print(f"making {what}", flush=True)
     clock = time.monotonic()
-    made = subprocess.run([sys.executable, "-m", maker, str(folder)])
+    cores = {"OMP_NUM_THREADS": str(os.cpu_count() or 1)}  # nothing else runs yet
+    made = subprocess.run([sys.executable, "-m", maker, str(folder)], env={**os.environ, **cores})
     if made.returncode != 0:
         sys.exit(made.returncode)
     print(f"made {folder} in {time.monotonic() - clock:.0f} s", flush=True)

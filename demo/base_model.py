@@ -22,6 +22,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from sft_core.quiet import quiet_libraries
+
 BOS, EOS, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 VOCABULARY_LIMIT = 640
@@ -209,7 +211,10 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="the folder to write")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    make_base_model(args.out, args.seed)
+    quiet_libraries()
+    unfinished = args.out.with_name(f"{args.out.name}.unfinished")
+    make_base_model(unfinished, args.seed)
+    unfinished.rename(args.out)  # what is there is whole
 
 
 if __name__ == "__main__":

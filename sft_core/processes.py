@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import Any
 
+from sft_core.quiet import quiet_libraries
 from sft_core.shards import Made, Mapper
 
 CORES_PER_PROCESS = 2
@@ -48,5 +49,6 @@ def process_mapper(processes: int) -> Iterator[Mapper]:
 
 def _share_cores(threads: int) -> None:
     """In a new process, before the tokenizer's thread pool is made."""
+    quiet_libraries()
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "true"

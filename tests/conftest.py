@@ -10,6 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums are taken in one order, whatever the number of cores
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what is tested is the way on a processor
+
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("weight", pa.int8())]))
 SCHEMA = pa.schema(
     [

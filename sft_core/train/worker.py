@@ -33,9 +33,11 @@ def main(spec_path: str, ddp_timeout: float) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which asks for a stop
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from sft_core.errors import SftError  # after the environment is set
+    from sft_core.quiet import quiet_libraries
     from sft_core.train.ranks import RANKS, Heart, waited_in_vain
     from sft_core.train.spec import TrainSpec
 
+    quiet_libraries()
     heart = Heart(Path(spec_path).parent / RANKS, os.environ.get("RANK", "0"), ddp_timeout)  # beats while torch loads
     try:
         status = run(TrainSpec.read(Path(spec_path)), heart, ddp_timeout)

@@ -12,6 +12,8 @@ import mlflow
 import pytest
 from mlflow.tracking import MlflowClient
 
+from tests.terminal import unknown_lines
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +59,7 @@ class Project:
         (folder / "reader.py").write_text(READER)
         (folder / "recipe.yaml").write_text(RECIPE)
         self.tracking_uri = f"sqlite:///{folder}/mlflow.db"
+        self.stderr = self.stderr_of_first = ""
 
     def sft(self, *arguments: str, ok: bool = True) -> str:
         environment = {
@@ -77,6 +80,7 @@ class Project:
             timeout=RUN_SECONDS,
         )
         assert (done.returncode == 0) == ok, done.stdout[-3000:] + done.stderr[-3000:]
+        self.stderr = done.stderr
         return done.stdout + done.stderr
 
     def client(self) -> MlflowClient:
@@ -91,7 +95,14 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Proje
 
 @pytest.fixture(scope="module")
 def first(project: Project) -> str:
-    return project.sft("run", "recipe.yaml")
+    printed = project.sft("run", "recipe.yaml")
+    project.stderr_of_first = project.stderr
+    return printed
+
+
+def test_every_line_beside_the_summary_is_of_a_known_form(first: str, project: Project) -> None:
+    assert "Finished in state Completed()" in project.stderr_of_first
+    assert unknown_lines(project.stderr_of_first) == []
 
 
 def test_one_command_takes_raw_rows_to_the_champion(first: str, project: Project) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sft_core.merge import MergeOptions, merge_adapter
 from sft_core.pack import IGNORE_INDEX, load_packed
 from tests.real.conftest import Retrained
+from tests.terminal import unknown_lines
 
 IM_END = 2
 """SmolLM2's `<|im_end|>`."""
@@ -32,6 +33,13 @@ def test_exact_match_rises_from_nothing_and_the_version_is_champion(retrained: R
     assert version.tags["sft.verdict"].startswith("promoted: beats the base: exact match")
     assert "demo_real version 1 (@candidate, @champion)" in retrained.printed
     assert "sft chat models:/demo_real@champion" in retrained.printed
+
+
+def test_every_line_before_the_summary_is_of_a_known_form(retrained: Retrained) -> None:
+    before, rule, _ = retrained.printed.partition("\u2500" * 20)
+    assert rule
+    assert "Finished in state Completed()" in before
+    assert unknown_lines(before) == []
 
 
 def test_rows_are_read_and_served_in_the_models_own_template(retrained: Retrained, real_model: Path) -> None:

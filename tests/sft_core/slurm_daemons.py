@@ -15,7 +15,7 @@ from pathlib import Path
 from sft_core.train.launchers import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sinfo")
-START_TIMEOUT = 60
+START_TIMEOUT = 180
 CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)

@@ -1,8 +1,5 @@
 """Ids and labels, token by token, with a tokenizer of a few words."""
 
-import threading
-import time
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -69,25 +66,28 @@ def test_truncation_and_padding_of_the_tokenizers_own_are_left_out(tokenizer: An
     assert encode_messages([ASK, ANSWER], own, template) == encode_messages([ASK, ANSWER], tokenizer, template)
 
 
-def test_a_batch_does_not_wait_for_another_threads_batch() -> None:
-    """The tokenizer's settings are behind a lock that every batch holds to its end: they are not set anew each time."""
-    shared, begun = make_tokenizer(), threading.Event()
-    long = {"role": "assistant", "content": "yes no " * 400_000}
+class Recording:
+    """The Rust half of a tokenizer, with the names of what was asked of it."""
 
-    def encode_long() -> None:
-        begun.set()
-        encode_messages([ASK, long], shared, load_chat_template("chatml"))
+    def __init__(self, backend: Tokenizer) -> None:
+        self._backend, self.asked = backend, list[str]()
 
-    thread = threading.Thread(target=encode_long)
-    rendered = render_conversation([ASK, ANSWER], shared, load_chat_template("chatml"))
-    thread.start()
-    begun.wait()
-    clocks = [time.monotonic()]
-    while thread.is_alive():
-        tokenize(rendered, shared)
-        clocks.append(time.monotonic())
-    longest = max(after - before for before, after in pairwise(clocks))
-    assert longest < (clocks[-1] - clocks[0]) / 4  # of all that time, not one batch waited for most
+    def __getattr__(self, name: str) -> Any:
+        self.asked.append(name)
+        return getattr(self._backend, name)
+
+
+def test_settings_that_are_right_are_not_set_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are behind a lock that a batch holds to its end: whoever sets them waits for other threads' batches."""
+    own = make_tokenizer()
+    recording = Recording(own.backend_tokenizer)
+    rendered = render_conversation([ASK, ANSWER], own, load_chat_template("chatml"))
+    monkeypatch.setattr(type(own), "backend_tokenizer", property(lambda _: recording))
+    recording.enable_truncation(3)
+    for times in (1, 1):
+        assert len(tokenize(rendered, own)[0].ids) > 3
+        assert recording.asked.count("no_truncation") == times
+    assert any(name.startswith("encode_batch") for name in recording.asked)
 
 
 def test_prefix_difference_gives_the_same_as_marks(tokenizer: Any) -> None:

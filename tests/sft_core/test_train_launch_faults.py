@@ -15,7 +15,7 @@ from sft_core.train.ranks import RANKS, Beat
 from tests.sft_core.train_runs import config, train
 
 ROOT = Path(__file__).parents[2]
-END_TIMEOUT = 60
+END_TIMEOUT = 240
 """Seconds; processes are gone in one on an idle machine."""
 HANG_TIMEOUT = 40
 """`ddp_timeout` of the run with a hung rank; half of it in silence is a fault."""
@@ -40,7 +40,7 @@ torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
 for folder in sys.argv[1:]:
     heart = Heart(Path(folder) / RANKS, os.environ["RANK"], 600)
     try:
-        check_shared(heart, torch.device("cpu"), within=3)
+        check_shared(heart, torch.device("cpu"), within=15)
         print("shared")
     except TrainError as error:
         print(error)

@@ -142,7 +142,7 @@ def assert_same_run(found: Path, expected: Path, tolerance: float = 1e-5) -> Non
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=10 * tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def child_of(parent: int, timeout: float = 30.0) -> int:
+def child_of(parent: int, timeout: float = 240.0) -> int:
     """Pid of the training process that `parent` started."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:

@@ -17,7 +17,7 @@ from sft_core.recipe import Recipe, resolve
 from sft_core.steps import Built
 from tasks import tracking
 
-ARRIVAL_SECONDS = 30
+ARRIVAL_SECONDS = 240
 RECIPE: dict[str, Any] = {"name": "t", "base_model": {"path": "b"}, "datasets": [{"path": "d"}]}
 
 
