@@ -17,7 +17,7 @@ from tests.terminal import unknown_lines
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-RUN_SECONDS = 400
+RUN_SECONDS = 800
 """Bound on one `sft run`; on two idle cores it takes about 60 s, most of it imports and the temporary server."""
 RECIPE = """
 name: orders
