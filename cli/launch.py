@@ -67,6 +67,7 @@ def with_ranks(environment: Mapping[str, str], launch: Any, overrides: dict[str,
 
 def train_as(launch: Any, recipe: Any) -> None:
     """The steps up to train. Node 0 takes them all; the others join in for the training alone."""
+    from cli.stopped import reached_in, telling
     from sft_core.plan import plan_recipe
     from sft_core.steps import Retraining
     from sft_core.store import Store
@@ -76,12 +77,14 @@ def train_as(launch: Any, recipe: Any) -> None:
     store = Store(recipe.store)
     if launch.nnodes > 1 and not store.is_local:
         raise RecipeError(f"store {recipe.store}: with several machines it has to be a folder on a disk that all share")
-    retraining = Retraining(recipe, plan_recipe(recipe), store, launch=launch)
+    with telling(lambda: "while planning; nothing was begun"):
+        retraining = Retraining(recipe, plan_recipe(recipe), store, launch=launch)
     try:
-        if launch.node_rank == 0:
-            _lead(retraining, launch)
-        else:
-            _train_along(retraining, launch)
+        with telling(lambda: reached_in(recipe, retraining.plan)):
+            if launch.node_rank == 0:
+                _lead(retraining, launch)
+            else:
+                _train_along(retraining, launch)
     except TrainingStopped as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         raise typer.Exit(EXIT_STOPPED) from None

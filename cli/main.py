@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from cli import convert, data, models, recipes, run, store, up
+from cli import convert, data, models, recipes, run, stopped, store, up
 from cli.chat import chat
 from cli.deploy import deploy
 from cli.environment import DEBUG, debugging, quiet_libraries, set_defaults
@@ -35,23 +35,22 @@ app.add_typer(store.app, name="store")
 
 
 def main() -> None:
-    """Entry point. Exit status 0 only on success."""
+    """Entry point. Exit status 0 only on success; 130, 143, 129 when stopped by Ctrl-C, SIGTERM, a closed terminal."""
     if "--debug" in sys.argv:
         os.environ[DEBUG] = "1"
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     set_defaults()
     if not debugging():
         quiet_libraries()
+    stopped.begin()
     try:
-        app()
+        with stopped.telling(str):
+            app()
     except SftError as error:
         if debugging():
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

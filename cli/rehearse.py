@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cli.environment import DEFAULTS
+from sft_core import stop
 from sft_core.errors import SftError
 
 OWN_SERVERS = ("PREFECT_", "MLFLOW_")
@@ -37,7 +38,7 @@ def rehearse(recipe: Any, stand_in_rows: Sequence[Path], keep: bool, start: Call
         with scratch_environment(scratch):
             _rehearse(Console(), recipe, stand_in_rows, scratch, start)
     except BaseException as error:
-        keep = (scratch / "store").exists()
+        keep = keep or ((scratch / "store").exists() and stop.asked() is None)
         if isinstance(error, SftError):
             _say(f"the rehearsal failed after {time.monotonic() - clock:.0f} s")
         raise

@@ -46,6 +46,7 @@ def run(
     """
     from rich.console import Console
 
+    from cli.stopped import reached_in, telling
     from cli.summary import Ended, print_summary
     from demo.provide import provide_base_model
     from sft_core.errors import RecipeError
@@ -61,18 +62,21 @@ def run(
     if rehearse:
         from cli.rehearse import rehearse as rehearse_recipe
 
-        rehearse_recipe(resolved, rehearse_rows or [], keep, lambda file: _run_flow(file, {}).registered)
+        with telling(lambda: "in the rehearsal"):
+            rehearse_recipe(resolved, rehearse_rows or [], keep, lambda file: _run_flow(file, {}).registered)
         return
     for key in ("datasets", "eval_datasets"):
         if key in overrides:
             raise RecipeError(f"--set {key}: the data sets of a run are its recipe's; edit a copy (sft recipes copy)")
     print(f"planning {resolved.name}: hashing the sources and the base model", file=sys.stderr, flush=True)
-    plan = plan_recipe(resolved)
-    ended = Ended(_registered_already(resolved, plan))
-    if ended.registered is None:
-        ended = _run_flow(recipe, overrides)
-        if ended == Ended(None):  # a deployment registered it
-            ended = Ended(_registered_already(resolved, plan))
+    with telling(lambda: "while planning; nothing was begun"):
+        plan = plan_recipe(resolved)
+    with telling(lambda: reached_in(resolved, plan)):
+        ended = Ended(_registered_already(resolved, plan))
+        if ended.registered is None:
+            ended = _run_flow(recipe, overrides)
+            if ended == Ended(None):  # a deployment registered it
+                ended = Ended(_registered_already(resolved, plan))
     print_summary(Console(), resolved, plan, ended, time.monotonic() - clock)
 
 
@@ -147,24 +151,16 @@ def _run_flow(recipe: str, overrides: dict[str, Any]) -> "Ended":
     from cli.prefect_console import quiet_tracebacks
     from cli.prefect_database import migrating_alone
     from cli.summary import Ended
+    from cli.temporary_server import start_temporary_server
 
     with migrating_alone():
-        _start_temporary_server()
-        from flows.retrain import retrain  # imports prefect
+        wait_ready = start_temporary_server()
+        from flows.retrain import retrain  # slow, while the server starts
 
+        wait_ready()
     general = {key: overrides.pop(key) for key in ("name", "seed", "store", "eval_fraction") if key in overrides}
     if not debugging():
         quiet_tracebacks()
     state = retrain(recipe=recipe, general=general or None, return_state=True, **overrides)
     registered = state.result()  # raises what the flow raised
     return Ended(registered, state.message if state.name == "Skipped" else None)
-
-
-def _start_temporary_server() -> None:
-    """The one that the flow would start by itself, where no server is configured."""
-    from prefect.settings import get_current_settings
-
-    if get_current_settings().api.url is None:
-        from prefect.server.api.server import SubprocessASGIServer
-
-        SubprocessASGIServer().start()

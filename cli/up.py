@@ -45,6 +45,7 @@ from cli.servers import (
     start_worker,
     wait_for,
 )
+from sft_core import stop
 
 if TYPE_CHECKING:
     from tasks.upcoming import NextRun
@@ -78,6 +79,7 @@ def up(
     if print_env:
         print(file.read_text() if file.is_file() else stack.exports, end="")
         return
+    stop.leave()  # Ctrl-C has stages of its own here
     with _only_one(stack):
         _check_ports(stack)
         file.write_text(stack.exports)

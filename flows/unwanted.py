@@ -19,12 +19,15 @@ from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 
+from sft_core import stop
+
 LOOK_SECONDS = 30.0
 
 
 @contextmanager
 def ends_when_unwanted() -> Iterator[None]:
-    """Inside, this process is killed (and its training with it) once its deployment's flow run has ended without it.
+    """Inside, this process is killed (and its training with it) once its deployment's flow run has ended without it,
+    and a SIGTERM that something swallowed is raised again.
 
     Killed, for a process that ends in order reports a state, and would overwrite the one that the server decided on.
     """
@@ -34,7 +37,8 @@ def ends_when_unwanted() -> Iterator[None]:
     if run is not None and run.deployment_id is not None:
         threading.Thread(target=_watch, args=(run.id, done), daemon=True).start()
     try:
-        yield
+        with stop.insisting():
+            yield
     finally:
         done.set()
 

@@ -8,9 +8,11 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Any
 
+from sft_core import stop
+from sft_core.children import die_with_parent
 from sft_core.quiet import quiet_libraries
 from sft_core.shards import Made, Mapper
 
@@ -34,21 +36,28 @@ def process_mapper(processes: int) -> Iterator[Mapper]:
         yield map
         return
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), _share_cores, (threads,))
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), _begin, (os.getpid(), threads))
 
     def mapper(work: Callable[[Any], Made], arguments: Sequence[Any]) -> Iterable[Made]:
         if len(arguments) <= processes:  # done before a process has imported what it needs
             return map(work, arguments)
-        return pool.map(work, arguments)
+        with stop.kept_from_children():
+            return pool.map(work, arguments)
 
+    before = set(active_children())
     try:
         yield mapper
+    except BaseException:  # also a stop: what the processes are at work on is wanted no more; raised again
+        for process in set(active_children()) - before:
+            process.kill()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _share_cores(threads: int) -> None:
+def _begin(parent: int, threads: int) -> None:
     """In a new process, before the tokenizer's thread pool is made."""
+    die_with_parent(parent)
     quiet_libraries()
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "true"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from sft_core import stop
 from sft_core.artifacts import KIND_OF_STEP, Artifact, Manifest, Outcome, check_ledger
 from sft_core.base_model import local_base_model
 from sft_core.convert import ConvertOptions, convert_checkpoint
@@ -30,6 +31,8 @@ from sft_core.train.mirror import Mirror, mirroring
 
 SHARDED = ("fetch", "normalize", "pack")
 """Steps that work shard by shard."""
+SAVE_SECONDS, SEND_SECONDS = 30.0, 300.0
+"""How long a stopped training may take to save, and to send what it saved to an object store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,7 @@ class Retraining:
 
 def run_step(run: Retraining, key: str) -> Built:
     """Reuse or build the artifact of `key`. What it reads must be in the store."""
+    stop.check()
     planned = run.plan[key]
     artifact = run.store.artifact(planned.step, planned.fingerprint)
     manifest = run.store.find(planned.step, planned.fingerprint)
@@ -167,8 +171,9 @@ def _train(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
         conversations=run.folder("normalize"),
         launch=run.launch,
     )
+    saving = SAVE_SECONDS if store.is_local else SEND_SECONDS
     mirror = None if store.is_local else Mirror(store.files, store.mirror("train", planned.fingerprint), work)
-    with mirroring(mirror, run.lease, run.on_line) as on_line:
+    with stop.allowing(saving), mirroring(mirror, run.lease, run.on_line) as on_line:
         return train_adapter(inputs, run.recipe.train, run.recipe.seed, out, on_line)
 
 

@@ -102,5 +102,10 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
+def planned_steps(checkpoint: Path) -> int:
+    """How many optimizer steps the whole training has."""
+    return int(json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))["max_steps"])
+
+
 def _checkpoints(folder: Path) -> list[Path]:
     return [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]

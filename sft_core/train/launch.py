@@ -7,22 +7,22 @@ the run.
 """
 
 import contextlib
-import ctypes
 import os
 import selectors
 import signal
 import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from sft_core import stop
+from sft_core.children import die_with_parent
 from sft_core.errors import TrainError
 from sft_core.train.launchers import ONE_MACHINE, Launch, training_command, training_environment
 from sft_core.train.ranks import RANKS, RankWatch
 from sft_core.train.said import Said
-from sft_core.train.worker import EXIT_STOPPED, PR_SET_PDEATHSIG
+from sft_core.train.worker import EXIT_STOPPED
 
 __all__ = ["TrainingStopped", "run_training", "training_command", "training_environment"]
 
@@ -53,11 +53,11 @@ def run_training(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        preexec_fn=_die_with(os.getpid()),
+        preexec_fn=partial(die_with_parent, os.getpid()),
     )
     said = Said(on_line)
     try:
-        with _passing_on_sigterm(process) as asked:
+        with stop.handed_over(signal.SIGTERM, process.terminate) as asked:
             _relay(process, log, said, watch)
             status = process.wait()
     except BaseException as reason:  # also a cancelled flow's signal and Ctrl-C: the child must never be left behind
@@ -120,35 +120,3 @@ def _stop(process: subprocess.Popen[bytes], grace: float, log: Path) -> None:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-@contextlib.contextmanager
-def _passing_on_sigterm(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """A SIGTERM to this process asks the ranks to save, unless someone else handles it (Prefect does). Yields the list
-    of those that came."""
-    asked: list[int] = []
-
-    def pass_on(number: int, _: object) -> None:
-        asked.append(number)
-        process.terminate()
-
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if ours:
-        signal.signal(signal.SIGTERM, pass_on)
-    try:
-        yield asked
-    finally:
-        if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _die_with(parent: int) -> Callable[[], None]:
-    """For the child, before it becomes the launcher: killed when this process ends, however that happens."""
-
-    def prepare() -> None:
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:
-                os._exit(1)
-
-    return prepare

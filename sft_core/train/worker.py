@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sft_core.children import PR_SET_PDEATHSIG
+
 EXIT_STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: state was saved, the same command goes on from there."""
 FAULT = "fault: "
@@ -23,7 +25,6 @@ LOST = "lost: "
 """Begins the line of a rank that waited for others in vain; a JSON text follows."""
 STOPPED = "stopped: "
 """Begins a rank's last line after EXIT_STOPPED, which torchrun would hide behind a status of its own."""
-PR_SET_PDEATHSIG = 1
 
 
 def main(spec_path: str, ddp_timeout: float) -> int:
