@@ -1,10 +1,16 @@
 """`sft chat`."""
 
+import signal
 import sys
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from cli.stopped import go_on
+from sft_core.stop import Stopped
 
 
 def chat(
@@ -17,7 +23,8 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer at most.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
 ) -> None:
-    """Talk to a model. One line a turn; /reset forgets the talk, /exit or Ctrl-D ends it.
+    """Talk to a model. One line a turn; /reset forgets the talk, /exit or Ctrl-D ends it. Ctrl-C ends an answer, which
+    stays in the talk as far as it was shown; at the prompt it ends the talk with exit status 130.
 
     Lines can also be piped in: echo "Where is order BX4712?" | sft chat models:/demo@champion
     """
@@ -38,12 +45,23 @@ def chat(
         if not line:
             continue
         messages.append({"role": "user", "content": line})
-        pieces = []
-        for piece in loaded.answer(messages, max_new_tokens, temperature):
-            pieces.append(piece)
-            print(piece, end="", flush=True)
-        print()
-        messages.append({"role": "assistant", "content": "".join(pieces)})
+        messages.append({"role": "assistant", "content": _show(loaded.answer(messages, max_new_tokens, temperature))})
+
+
+def _show(pieces: Generator[str]) -> str:
+    """Print an answer as it comes; what was shown of it."""
+    shown = []
+    try:
+        with closing(pieces):
+            for piece in pieces:
+                print(piece, end="", flush=True)
+                shown.append(piece)
+    except Stopped as stopped:
+        if stopped.number != signal.SIGINT or not sys.stdin.isatty():
+            raise
+        go_on()
+    print()
+    return "".join(shown)
 
 
 def _read_line() -> str | None:

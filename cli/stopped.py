@@ -97,7 +97,7 @@ def _leave() -> None:
 
 
 def reached_in(recipe: Any, plan: Any) -> str:
-    """Which step a retraining was in, as the store has it, and what happens to the rest."""
+    """How far a retraining got, as the store has it, and what becomes of that."""
     from sft_core.store import Store
     from sft_core.train.checkpoints import complete_checkpoints, planned_steps, step_of
 
@@ -105,12 +105,12 @@ def reached_in(recipe: Any, plan: Any) -> str:
     done = [key for key, step in plan.steps.items() if store.find(step.step, step.fingerprint) is not None]
     missing = [key for key in plan.steps if key not in done]
     if not missing:
-        return "in register; every step before it is done and reused: the same command goes on"
+        return "before register was done; every step before it is done and reused: the same command goes on"
     if missing[0] == "train":
         saved = complete_checkpoints(store.work_in_progress("train", plan["train"].fingerprint))
         newest = max(saved, key=step_of, default=None)
         if newest is not None:
             total = planned_steps(newest)
             return f"at optimizer step {step_of(newest)} of {total}, saved; the same command goes on"
-    kept = f"{', '.join(done)} done and reused: " if done else ""
-    return f"in {missing[0]}; {kept}the same command goes on"
+    kept = f" {', '.join(done)} done and reused:" if done else ""
+    return f"before {missing[0]} was done;{kept} the same command goes on"

@@ -1,9 +1,10 @@
 """Talk to a model: a merged folder, or a base folder with an adapter. Answers come piece by piece."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
+from threading import Event
 from typing import Any
 
 from sft_core.errors import ModelError
@@ -18,9 +19,10 @@ class ChatModel:
     tokenizer: Any
     chat_template: str
 
-    def answer(self, messages: list[dict[str, str]], max_new_tokens: int, temperature: float) -> Iterator[str]:
-        """Pieces of the next assistant message; greedy at temperature 0."""
-        from transformers import TextIteratorStreamer  # slow to import
+    def answer(self, messages: list[dict[str, str]], max_new_tokens: int, temperature: float) -> Generator[str]:
+        """Pieces of the next assistant message; greedy at temperature 0. Closed early, it ends within a token."""
+        import torch  # slow to import
+        from transformers import StoppingCriteriaList, TextIteratorStreamer
 
         encoded = self.tokenizer.apply_chat_template(
             messages,
@@ -32,11 +34,22 @@ class ChatModel:
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        enough = Event()
+
+        def heard_enough(ids: Any, scores: Any, **_: Any) -> Any:
+            return torch.full((ids.shape[0],), enough.is_set(), dtype=torch.bool, device=ids.device)
+
         arguments = {**encoded, "streamer": streamer, "max_new_tokens": max_new_tokens, "pad_token_id": pad, **sampling}
-        worker = Thread(target=self.network.generate, kwargs=arguments, daemon=True)
-        worker.start()
-        yield from streamer
-        worker.join()
+        with ThreadPoolExecutor(1) as worker:  # a thread at work while the interpreter ends would abort it
+            done = worker.submit(
+                self.network.generate, **arguments, stopping_criteria=StoppingCriteriaList([heard_enough])
+            )
+            done.add_done_callback(lambda _: streamer.end())  # after an error too: nobody waits for more
+            try:
+                yield from streamer
+            finally:
+                enough.set()
+        done.result()
 
 
 def load_chat_model(folder: Path, adapter: Path | None, chat_template: str | None) -> ChatModel:

@@ -7,6 +7,7 @@ rolled back or rejected is barred, and its merged model never becomes champion a
 import getpass
 from dataclasses import dataclass
 
+from sft_core import stop
 from sft_core.errors import RegistryError
 from sft_core.load_check import check_loads
 from tasks.approval import read_approval, record_answer
@@ -98,6 +99,7 @@ def rollback(model_name: str, reason: str, to: str | None = None) -> Moved:
     _check(model_name, version)
     with registry_lock(model_name):
         _require_unmoved(model_name, champion)
+        stop.check()
         bar(model_name, champion, reason)
         words = f"rolled back from {champion.number} to {version.number} by {getpass.getuser()}: {reason}"
         client().set_registered_model_alias(model_name, "champion", version.number)
@@ -117,7 +119,9 @@ def _promoted_already(model_name: str, version: RegisteredVersion, words: str) -
 
 
 def move_champion(model_name: str, number: str, champion: RegisteredVersion | None, why: str) -> None:
-    """`champion` to `number`, `previous` to the one before. To be called under the registry's lock."""
+    """`champion` to `number`, `previous` to the one before. To be called under the registry's lock. A stopped run
+    moves nothing."""
+    stop.check()
     if champion is not None and champion.number != number:
         client().set_model_version_tag(model_name, number, REPLACED, champion.number)
         client().set_registered_model_alias(model_name, "previous", champion.number)

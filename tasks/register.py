@@ -10,6 +10,7 @@ from typing import Any
 
 from prefect import get_run_logger, task
 
+from sft_core import stop
 from sft_core.errors import RegistryError
 from sft_core.plan import plan_champion
 from sft_core.register import Verdict, verdict_table
@@ -122,6 +123,7 @@ def _settle(
 ) -> dict[str, Any]:
     """Version, tags and aliases, under the lock: nobody else changes them meanwhile. `judged`: the merged model's
     source, verdict; `existing`: the version's number, if an earlier try got so far."""
+    stop.check()
     name, (source, verdict) = job.recipe.model_name, judged
     number = existing or create_version(job, run, source, verdict, standing.number)
     if standing.champion is not None and standing.champion.number == number:  # promoted, and then interrupted

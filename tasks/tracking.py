@@ -124,10 +124,10 @@ def part_run(part: str, recipe: Recipe, plan: Plan) -> Iterator[PartRun]:
     """
     parent_id = _run_id(recipe, plan, None)
     run_id = _run_id(recipe, plan, part)
-    client().update_run(parent_id, status="RUNNING")
-    client().update_run(run_id, status="RUNNING")
     status = "KILLED"
     try:
+        client().update_run(parent_id, status="RUNNING")
+        client().update_run(run_id, status="RUNNING")
         yield PartRun(run_id, parent_id)
         status = "FINISHED"
     except Exception:  # raised again: only the run's status is decided here
