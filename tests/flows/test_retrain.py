@@ -12,7 +12,7 @@ import mlflow
 import pytest
 from mlflow.tracking import MlflowClient
 
-from tests.terminal import unknown_lines
+from tests.printed import unknown_lines
 
 pytestmark = pytest.mark.slow
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_core.merge import MergeOptions, merge_adapter
 from sft_core.pack import IGNORE_INDEX, load_packed
+from tests.printed import unknown_lines
 from tests.real.conftest import Retrained
-from tests.terminal import unknown_lines
 
 IM_END = 2
 """SmolLM2's `<|im_end|>`."""
