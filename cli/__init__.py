@@ -1,5 +1,5 @@
 """The `sft` command: the front door over flows, tasks and the core. Imports lazily, so that `--help` is quick."""
 
-from sft_core.own_packages import hold_names
+from sft_core.own_packages import let_users_first
 
-hold_names()  # `tasks` too is ours from here on, whatever lies in the user's folder
+let_users_first()

@@ -1,7 +1,7 @@
 """The DAGs. `retrain` is the parent; `prepare`, `train` and `publish` are its three parts."""
 
-from sft_core.own_packages import hold_names
+from sft_core.own_packages import let_users_first
 from sft_core.quiet import quiet_libraries
 
-hold_names()  # `tasks` too is ours from here on, whatever lies in the user's folder
+let_users_first()
 quiet_libraries()  # a worker's process comes in here; pydantic speaks while `retrain` is defined

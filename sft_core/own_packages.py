@@ -46,7 +46,7 @@ def hold_names() -> None:
         if (ROOT / name / "__init__.py").is_file() and (loaded is None or not _is_ours(loaded)):
             _import_ours(name)
     _current_folder_last()
-    let_users_in()
+    _order(users_first=False)
 
 
 def hold_free_names() -> None:
@@ -54,21 +54,21 @@ def hold_free_names() -> None:
     for name in NAMES:
         if name not in sys.modules and (ROOT / name / "__init__.py").is_file():
             _import_ours(name)
-    let_users_in()
+    _order(users_first=False)
 
 
-def let_users_in() -> None:
-    """Let the user's modules be found in our packages, last: those below all folders that Python searches."""
-    for folder in search_folders():
-        for ours, theirs in _of_the_same_name(folder):
-            if theirs not in ours.__path__:
-                ours.__path__.append(theirs)
+def let_users_first() -> None:
+    """For a process that is not ours and has come upon one of our packages: it meant the user's folder of that name.
+
+    Python takes an installed package before a folder without `__init__.py`, even one that comes first on the path.
+    """
+    _order(users_first=True)
 
 
 @contextmanager
 def also_found_in(folder: Path) -> Iterator[None]:
     """Inside the block, modules below `folder` are found in our packages, right behind our own."""
-    added = list(_of_the_same_name(folder))
+    added = [(ours, str(folder / name)) for name, ours in _ours_loaded() if (folder / name).is_dir() and folder != ROOT]
     for ours, theirs in added:
         ours.__path__.insert(1, theirs)
     try:
@@ -109,12 +109,20 @@ def _current_folder_last() -> None:
     sys.path[:] = [entry for entry in sys.path if entry not in mine] + mine  # as many: Prefect removes the one it added
 
 
-def _of_the_same_name(folder: Path) -> Iterator[tuple[Any, str]]:
-    """Each of our packages that is loaded, with the folder of its name in `folder`, where there is one."""
-    for name in NAMES if folder != ROOT else ():
-        ours = sys.modules.get(name)
-        if ours is not None and _is_ours(ours) and (folder / name).is_dir():
-            yield ours, str(folder / name)
+def _order(users_first: bool) -> None:
+    """Of our packages that are loaded, the folders in which their modules are looked for."""
+    folders = [folder for folder in search_folders() if folder != ROOT]
+    for name, ours in _ours_loaded():
+        theirs = [str(folder / name) for folder in folders if (folder / name).is_dir()]
+        own = [str(ROOT / name)]
+        ours.__path__[:] = theirs + own if users_first else own + theirs
+
+
+def _ours_loaded() -> Iterator[tuple[str, Any]]:
+    for name in NAMES:
+        loaded = sys.modules.get(name)
+        if loaded is not None and _is_ours(loaded):
+            yield name, loaded
 
 
 def _is_ours(module: ModuleType) -> bool:

@@ -112,6 +112,17 @@ def test_without_it_the_users_come_first(tmp_path: Path) -> None:
     assert "the user has this one" in python(tmp_path, OURS).stderr
 
 
+def test_in_a_process_of_the_users_own_theirs_come_first(tmp_path: Path) -> None:
+    """Folders without `__init__.py`: Python takes an installed package before them. Then ours are held, or loaded."""
+    lay(tmp_path, {**LAYOUTS["folders"], "tasks/fetch.py": "THEIRS = 1\n", "flows/job.py": "THEIRS = 1\n"})
+    theirs = "from tasks.fetch import THEIRS\nfrom flows.job import THEIRS\nfrom tasks.clean import strip\n"
+    done = python(tmp_path, theirs)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ours = "import flows.hooks\nimport sft_cli\nfrom tasks.retries import retry_unless_users_fault\n"
+    done = python(tmp_path, f"{ours}import tasks, pathlib\nprint(pathlib.Path(tasks.__path__[0]).parent)")
+    assert done.stdout.strip() == str(ROOT), done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("first", ["", "import sft_cli\n", "import tasks.retries\n"])
 def test_the_users_own_are_found_in_any_process(tmp_path: Path, layout: str, first: str) -> None:
