@@ -1,6 +1,5 @@
 """The demo's base model, made where it is missing: `sft run demo` works in any folder, not only in a checkout."""
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -20,17 +19,11 @@ def provide_base_model(path: str) -> None:
 
 
 def _make() -> None:
-    import torch
-
     from demo.base_model import make_base_model
 
     print("making a tiny base model: pretraining it on plain text (about 20 s)", file=sys.stderr, flush=True)
-    clock, threads = time.monotonic(), torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
+    clock = time.monotonic()
     unfinished = BASE_MODEL.with_name("base.unfinished")
-    try:
-        make_base_model(unfinished)
-    finally:
-        torch.set_num_threads(threads)
+    make_base_model(unfinished)
     unfinished.rename(BASE_MODEL)
     print(f"made {BASE_MODEL} in {time.monotonic() - clock:.0f} s", file=sys.stderr, flush=True)
