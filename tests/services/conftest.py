@@ -15,7 +15,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # A shell's background command has it ignored, and so has all that it starts: a Prefect worker then never ends.
 
 
-LONGEST = ("test_kills.py", "test_outages.py", "test_handover.py")
+LONGEST = ("test_kills.py", "test_wheel.py", "test_outages.py", "test_handover.py")
 """Files that begin first, so that no process has only the longest of them left. They wait more than they work."""
 
 
