@@ -6,9 +6,9 @@ In: a job whose steps are done, the source of its merged model. Out: the number 
 import json
 from contextlib import suppress
 
-import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 from prefect.context import FlowRunContext
 
 from sft_core.artifacts import Manifest
@@ -53,11 +53,16 @@ def create_version(job: Job, run: Retraining, source: str, verdict: Verdict, aga
 
 def create(model_name: str, source: str, run_id: str, tags: dict[str, str]) -> str:
     """A version of the model at `source`, which `log_folder` or `refer_to` gave; its number."""
-    if source.startswith(COPY):
-        return str(mlflow.register_model(source, model_name, tags=tags).version)
     with suppress(MlflowException):  # it is there already: else the next call says what is wrong
         client().create_registered_model(model_name)
-    return str(client().create_model_version(model_name, source, run_id, tags).version)
+    if not source.startswith(COPY):
+        return str(client().create_model_version(model_name, source, run_id, tags).version)
+    model_id = source.removeprefix(COPY)  # as mlflow.register_model does, which prints to the terminal
+    number = str(client().create_model_version(model_name, source, tags=tags, model_id=model_id).version)
+    linked = json.loads(client().get_logged_model(model_id).tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
+    linked.append({"name": model_name, "version": number})
+    client().set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(linked)})
+    return number
 
 
 def discard_copy(model_name: str, number: str, model_id: str) -> None:

@@ -114,6 +114,8 @@ def test_one_command_takes_raw_rows_to_the_champion(first: str, project: Project
     tags = client.get_model_version("orders", "1").tags
     assert tags["sft.verdict"].startswith("promoted: beats the base: loss")
     assert len(tags["sft.merged_fingerprint"]) == 64
+    logged = client.get_logged_model(client.get_model_version("orders", "1").source.removeprefix("models:/"))
+    assert json.loads(logged.tags["mlflow.modelVersions"]) == [{"name": "orders", "version": "1"}]
 
 
 def test_every_part_is_a_finished_run_that_holds_its_manifests(first: str, project: Project) -> None:

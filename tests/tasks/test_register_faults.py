@@ -35,9 +35,8 @@ def job_of_version_1(built: Path) -> tuple[Any, Any]:
 
 @contextmanager
 def failing(client: MlflowClient, name: str, nth: int) -> Iterator[None]:
-    """The client's call `name` (or MLflow's own `register_model`) fails, the `nth` time and ever after."""
-    owner: Any = mlflow if name == "register_model" else client
-    real, calls = getattr(owner, name), itertools.count(1)
+    """The client's call `name` fails, the `nth` time and ever after."""
+    real, calls = getattr(client, name), itertools.count(1)
 
     def call(*arguments: Any, **options: Any) -> Any:
         if next(calls) >= nth:
@@ -45,7 +44,7 @@ def failing(client: MlflowClient, name: str, nth: int) -> Iterator[None]:
         return real(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, call)
+        patch.setattr(client, name, call)
         yield
 
 
@@ -60,7 +59,8 @@ FAULTS = [
     ("finalize_logged_model", 1),
     ("log_inputs", 1),
     ("log_artifacts", 1),  # the adapter
-    ("register_model", 1),
+    ("create_model_version", 1),
+    ("set_logged_model_tags", 1),  # the logged model's link to its version
     ("update_model_version", 1),  # the card
     ("set_registered_model_tag", 1),  # the challenge
     ("set_model_version_tag", 2),  # the verdict
