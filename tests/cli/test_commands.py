@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared"
-COMMAND_SECONDS = 280
+COMMAND_SECONDS = 800
 GOOD = """
 name: test
 store: {store}

@@ -10,7 +10,7 @@ import pytest
 from sft_core.recipe import resolve, shipped_recipes
 
 ROOT = Path(__file__).parents[2]
-COMMAND_SECONDS = 280
+COMMAND_SECONDS = 800
 CONFIG = """
 from pathlib import Path
 Path("ran").write_text("at import")

@@ -17,7 +17,7 @@ from tests.hub_server import TOKEN, Hub, hub
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-COMMAND_SECONDS = 240
+COMMAND_SECONDS = 800
 RECIPE = """
 name: orders
 store: ./store

@@ -14,7 +14,7 @@ from sft_core.recipe import DatasetConfig
 from sft_core.shards import EarlierFolder, Sharding, read_shard_list
 from tests.sft_core.test_normalize import contents, normalize, pairs, quarantine, side, source
 
-SPAWN_TIMEOUT = 240
+SPAWN_TIMEOUT = 800
 """Seconds; two new processes import the project."""
 
 

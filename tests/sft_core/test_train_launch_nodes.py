@@ -16,7 +16,7 @@ from tests.sft_core.slurm_daemons import missing, slurm
 from tests.sft_core.train_runs import losses, weights_hash
 
 ROOT = Path(__file__).parents[2]
-RUN_TIMEOUT = 240
+RUN_TIMEOUT = 800
 """Seconds; a run takes 15 on two idle cores."""
 RECIPE = """
 name: launched

@@ -16,7 +16,7 @@ from mlflow.tracking import MlflowClient
 from tasks import tracking
 
 ROOT = Path(__file__).parents[2]
-RUN_SECONDS = 280
+RUN_SECONDS = 800
 RECIPE = """
 name: orders
 store: {folder}/store

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import mlflow
 
-GATE_SECONDS = 240
+GATE_SECONDS = 800
 
 
 def main(number: str, gate: str) -> None:

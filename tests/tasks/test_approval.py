@@ -17,7 +17,7 @@ from tests.tasks.test_register import race
 
 __all__ = ["built_project", "empty_registry", "registry"]
 pytestmark = pytest.mark.slow
-THREAD_SECONDS = 240
+THREAD_SECONDS = 800
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from tests.tasks.models_project import (
 
 __all__ = ["built_project", "empty_registry", "registry"]
 pytestmark = pytest.mark.slow
-RACE_SECONDS = 280
+RACE_SECONDS = 800
 
 
 def race(built: Path, folder: Path, numbers: list[str]) -> None:

@@ -15,7 +15,7 @@ from sft_core.recipe.sections import ComputeConfig
 from tasks.shard_mapping import SHARDS_A_TASK, shard_mapper
 
 ROOT = Path(__file__).parents[2]
-RUN_SECONDS = 280
+RUN_SECONDS = 800
 """Bound on all three; on two idle cores it takes about a minute, most of it starts of servers and workers."""
 
 
