@@ -71,9 +71,9 @@ class RunLog(TrainerCallback):
         print(progress_line(entry), flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        """Always save the last step."""
+        """Always log and save the last step; the first is logged by `logging_first_step`."""
         if state.global_step >= self._max_steps:
-            control.should_save = True
+            control.should_save = control.should_log = True
         return control
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:

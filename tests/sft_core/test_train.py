@@ -16,7 +16,7 @@ from sft_core.train import TrainInputs, train_adapter
 from sft_core.train.checkpoints import COMPLETE, newest_complete
 from sft_core.train.launch import training_command
 from sft_core.train.metrics import append_metrics, read_metrics, rewind_metrics
-from tests.sft_core.train_runs import child_of, weights, weights_hash
+from tests.sft_core.train_runs import child_of, config, train_here, weights, weights_hash
 
 LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1)
 CONFIG = TrainConfig(
@@ -207,3 +207,12 @@ def test_the_isolation_probe_passes_a_sound_model_and_stops_a_leaking_one(tiny_m
 
     with pytest.raises(TrainError, match="packed documents see each other"):
         check_isolation(Leaking(), model.config.vocab_size)
+
+
+@pytest.mark.parametrize("logging_steps", [2, 3, 100])
+def test_the_first_and_the_last_optimizer_step_are_logged(
+    packed: Path, tiny_model: Path, tmp_path: Path, logging_steps: int
+) -> None:
+    out = train_here(packed, tiny_model, tmp_path, config(max_steps=4, logging_steps=logging_steps))
+    expected = {2: [1, 2, 4], 3: [1, 3, 4], 100: [1, 4]}[logging_steps]
+    assert [entry["optimizer_step"] for entry in read_metrics(out / "metrics.jsonl")] == expected
