@@ -101,6 +101,9 @@ def _lead(retraining: Any, launch: Any) -> None:
     with nullcontext() if alone else leading(retraining.store.work_in_progress("train", fingerprint), launch) as heart:
         for key in retraining.plan.steps:
             if key.startswith("fetch/") or key in ("normalize", "pack", "train"):
+                if key == "train" and not there:
+                    for words in retraining.warnings():
+                        print(f"warning: {words}", flush=True)
                 if key == "train" and heart is not None:
                     heart.say(state=TRAINING)
                 built = run_step(retraining, key)

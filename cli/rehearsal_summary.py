@@ -4,6 +4,7 @@ In: the recipe, its rehearsal and what the rehearsal left in the scratch store. 
 """
 
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -12,10 +13,12 @@ from rich.table import Table
 
 from cli.summary import set_aside
 from sft_core.artifacts import Manifest
+from sft_core.outlook import heldout_needed, heldout_shortage
+from sft_core.outlook.training import few_steps, read_vocabulary, untrained_words, used_tokens
 from sft_core.plan import Plan
 from sft_core.recipe import Recipe
 from sft_core.rehearse import Rehearsal
-from sft_core.rehearse.estimate import count_weights, estimate_length, estimate_memory
+from sft_core.rehearse.estimate import RunLength, count_weights, estimate_length, estimate_memory
 from sft_core.store import Store
 
 NOT_REHEARSED = (
@@ -55,7 +58,7 @@ def print_rehearsal(console: Console, recipe: Recipe, rehearsal: Rehearsal, plan
     found = _manifests(rehearsal.recipe, plan)
     _list(console, "replaced", rehearsal.replaced)
     _list(console, "not rehearsed", [*([STAND_IN] if rehearsal.base.stand_in else []), *NOT_REHEARSED])
-    _list(console, "look at", _warnings(recipe, found))
+    _list(console, "look at", [*_warnings(recipe, found), *_outlook(recipe, rehearsal, plan)])
     _list(console, "the real run", _real_run(recipe, rehearsal, plan))
     console.print()
 
@@ -123,13 +126,40 @@ def _warnings(recipe: Recipe, found: dict[str, Manifest]) -> list[str]:
     return lines
 
 
+def _outlook(recipe: Recipe, rehearsal: Rehearsal, plan: Plan) -> list[str]:
+    """What the real run would warn of, or fail of, before it trains: as far as the sampled rows and a base model in a
+    local folder tell."""
+    lines = []
+    rows = [sample.total for sample in rehearsal.samples[: len(recipe.datasets)]]
+    if not recipe.eval_datasets and None not in rows:
+        left = round(sum(total or 0 for total in rows) * recipe.eval_fraction)
+        if left < heldout_needed(recipe.register_):
+            lines.append(f"normalize: fails in the real run: about {heldout_shortage(left, recipe.register_, {})}")
+    length = _length(recipe, rehearsal, plan)
+    if length is not None:
+        lines += [f"train: {words}" for words in few_steps(recipe, length.packed_rows)]
+    base = Path(recipe.base_model.path)
+    if base.is_dir() and rehearsal.base.stand_in is None:
+        packed = _packed(rehearsal, plan)
+        vocabulary = read_vocabulary(packed)
+        lines += untrained_words(recipe.train.lora, base, vocabulary, used_tokens(packed, vocabulary))
+    return lines
+
+
+def _packed(rehearsal: Rehearsal, plan: Plan) -> Path:
+    store = Store(rehearsal.recipe.store)
+    return store.local(store.artifact("pack", plan["pack"].fingerprint))
+
+
+def _length(recipe: Recipe, rehearsal: Rehearsal, plan: Plan) -> RunLength | None:
+    samples = rehearsal.samples[: len(recipe.datasets)]
+    return estimate_length(recipe, rehearsal.recipe, _packed(rehearsal, plan), samples)
+
+
 def _real_run(recipe: Recipe, rehearsal: Rehearsal, plan: Plan) -> list[str]:
     """Length by the sampled rows, memory by the real configuration."""
     lines, stand_in = [], rehearsal.base.stand_in is not None
-    store = Store(rehearsal.recipe.store)
-    packed = store.local(store.artifact("pack", plan["pack"].fingerprint))
-    samples = rehearsal.samples[: len(recipe.datasets)]
-    length = estimate_length(recipe, rehearsal.recipe, packed, samples)
+    length = _length(recipe, rehearsal, plan)
     if length is None:
         lines.append("length: unknown, as nothing tells how many rows the sources have")
     else:

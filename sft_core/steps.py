@@ -20,6 +20,7 @@ from sft_core.fetch import describe_source, fetch_dataset
 from sft_core.lease import Lease
 from sft_core.merge import MergeOptions, merge_adapter
 from sft_core.normalize import NormalizeSource, normalize_dataset
+from sft_core.outlook import warnings_before_training
 from sft_core.pack import TokenizerSource, pack_dataset
 from sft_core.plan import Plan, PlannedStep, library_versions
 from sft_core.recipe import Recipe
@@ -75,6 +76,10 @@ class Retraining:
     def sharding(self) -> Sharding:
         """Shards of the step's last artifact are taken from there."""
         return Sharding(self.earlier, self.mapper)
+
+    def warnings(self) -> list[str]:
+        """What is likely to go wrong in training; pack must be built."""
+        return warnings_before_training(self.recipe, self.folder("pack"), self.base_model())
 
     def base_model(self) -> Path:
         """Local folder of the base model."""
@@ -163,6 +168,7 @@ def _pack(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
 def _train(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
     assert run.lease is not None, "training is built under its lease"
     store, work = run.store, run.store.work_in_progress("train", planned.fingerprint)
+    warnings = run.warnings()
     inputs = TrainInputs(
         packed=run.folder("pack"),
         base_model=run.base_model(),
@@ -174,7 +180,8 @@ def _train(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
     saving = SAVE_SECONDS if store.is_local else SEND_SECONDS
     mirror = None if store.is_local else Mirror(store.files, store.mirror("train", planned.fingerprint), work)
     with stop.allowing(saving), mirroring(mirror, run.lease, run.on_line) as on_line:
-        return train_adapter(inputs, run.recipe.train, run.recipe.seed, out, on_line)
+        outcome = train_adapter(inputs, run.recipe.train, run.recipe.seed, out, on_line)
+    return replace(outcome, facts={**outcome.facts, "warnings": warnings})
 
 
 def _convert(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:

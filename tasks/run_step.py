@@ -12,6 +12,7 @@ from prefect import get_run_logger
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
+from sft_core.artifacts import Manifest
 from sft_core.plan import Plan
 from sft_core.recipe import Recipe
 from sft_core.shards import Mapper
@@ -35,6 +36,10 @@ class Job:
     ) -> Retraining:
         """The core's view of it."""
         return Retraining(self.recipe, self.plan, Store(self.recipe.store), on_line, champion, mapper)
+
+    def manifest(self, key: str) -> Manifest | None:
+        """Of the artifact of `key`; None where the store does not have it."""
+        return Store(self.recipe.store).find(self.plan[key].step, self.plan[key].fingerprint)
 
 
 STEP: dict[str, Any] = {

@@ -52,11 +52,12 @@ class Example:
     @property
     def prompt_ids(self) -> list[int]:
         """Everything before the last trained turn: the ids of training, so what people typed stays text here too."""
-        sequence = self.sequences[-1]
-        start = self._last_trained
-        while start > 0 and sequence.labels[start - 1] != IGNORE_INDEX:
-            start -= 1
-        return list(sequence.input_ids[:start])
+        return list(self.sequences[-1].input_ids[: self._answer_start])
+
+    @property
+    def reference_tokens(self) -> int:
+        """Tokens of the last trained turn, the one that ends it included."""
+        return self._last_trained + 1 - self._answer_start
 
     @property
     def stop_id(self) -> int:
@@ -70,6 +71,13 @@ class Example:
         return sum(len(((m["content"] or "") + (m.get("tool_calls") or "")).encode()) for m in trained)
 
     @property
+    def _answer_start(self) -> int:
+        labels, start = self.sequences[-1].labels, self._last_trained
+        while start > 0 and labels[start - 1] != IGNORE_INDEX:
+            start -= 1
+        return start
+
+    @property
     def _last_trained(self) -> int:
         labels = self.sequences[-1].labels
         return max(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
@@ -79,8 +87,21 @@ def read_examples(
     conversations: Path, tokenizer: Any, template: str, max_length: int
 ) -> tuple[list[Example], dict[str, Any]]:
     """Every held-out conversation that can be scored, and the ledger. DataError if none can."""
-    examples: list[Example] = []
     set_aside: Counter[str] = Counter()
+    examples = list(scorable_examples(conversations, tokenizer, template, max_length, set_aside))
+    rows_in = len(examples) + set_aside.total()
+    if not examples:
+        raise DataError(
+            f"{conversations}: of {rows_in} held-out conversations none can be scored ({dict(set_aside)}); "
+            f"raise pack.max_length ({max_length}) or eval_fraction"
+        )
+    return examples, {"in": rows_in, "out": len(examples), "set_aside": dict(set_aside)}
+
+
+def scorable_examples(
+    conversations: Path, tokenizer: Any, template: str, max_length: int, set_aside: Counter[str]
+) -> Iterator[Example]:
+    """Held-out conversations that can be scored, in order; the others are counted in `set_aside`, by reason."""
     for row in held_out_rows(conversations):
         try:
             sequences = encode_conversation(row["messages"], tokenizer, template, tools_of(row))
@@ -92,14 +113,7 @@ def read_examples(
         elif all(label == IGNORE_INDEX for sequence in sequences for label in sequence.labels):
             set_aside["nothing_trained"] += 1
         else:
-            examples.append(Example(row["row_id"], row["dataset"], tags_of(row), sequences, row["messages"]))
-    rows_in = len(examples) + set_aside.total()
-    if not examples:
-        raise DataError(
-            f"{conversations}: of {rows_in} held-out conversations none can be scored ({dict(set_aside)}); "
-            f"raise pack.max_length ({max_length}) or eval_fraction"
-        )
-    return examples, {"in": rows_in, "out": len(examples), "set_aside": dict(set_aside)}
+            yield Example(row["row_id"], row["dataset"], tags_of(row), sequences, row["messages"])
 
 
 def held_out_rows(conversations: Path) -> Iterator[dict[str, Any]]:

@@ -103,6 +103,11 @@ class EvaluateConfig(Section):
     harness_limit: Positive | None = None
     """Rows of each harness task; null for all."""
 
+    @property
+    def judges_answers(self) -> bool:
+        """Whether the primary metric is of generated answers."""
+        return self.primary_metric in ("exact_match", "rouge_l", "score")
+
     @model_validator(mode="after")
     def _score_has_a_scorer(self) -> "EvaluateConfig":
         if self.primary_metric == "score" and self.scorer is None:
@@ -133,6 +138,13 @@ class RegisterConfig(Section):
     """By how much a slice of the held-out rows (a data set, a length, a tag) may get worse; units as of `margin`."""
     max_merge_divergence: Annotated[float, Field(gt=0)] = 0.05
     """Nats a token, KL(trained || merged) of merge's certificate. Above it nothing is registered."""
+    max_unfinished_increase: Fraction = 0.1
+    """Points (0.1: ten in a hundred) by which more answers may run into `evaluate.max_new_tokens` than of the better of
+    base and champion (one that ends almost none is no measure). Counted are answers whose reference takes half of that
+    at most. Surely above it, or with most answers unfinished, nothing is registered; 1 registers in any case."""
+    min_heldout_rows: Positive | None = None
+    """Held-out rows that a run needs to begin training; null for as many as the gate needs to promote anything (7 by
+    default). 1 trains with fewer, for a version that is never promoted."""
 
 
 class ComputeConfig(Section):
@@ -186,6 +198,20 @@ class Recipe(Section):
     def _something_is_held_out(self) -> "Recipe":
         if self.eval_fraction == 0 and not self.eval_datasets:
             raise ValueError("eval_fraction is 0 and eval_datasets is empty: nothing would be held out to judge by")
+        return self
+
+    @model_validator(mode="after")
+    def _enough_answers_to_judge_by(self) -> "Recipe":
+        if not self.evaluate.judges_answers:
+            return self
+        from sft_core.outlook.heldout import heldout_needed, why_needed  # which know recipes
+
+        answers = self.evaluate.max_generated_rows
+        if answers < heldout_needed(self.register_):
+            raise ValueError(
+                f"evaluate.primary_metric is {self.evaluate.primary_metric}, a figure of generated answers, and "
+                f"evaluate.max_generated_rows is {answers}: {why_needed(self.register_)}"
+            )
         return self
 
     @model_validator(mode="after")

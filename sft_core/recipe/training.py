@@ -1,5 +1,6 @@
 """The recipe's section `train`, and `train.lora` in it. A field's docstring is its help, units first."""
 
+import math
 import re
 from typing import Annotated, Literal
 
@@ -109,6 +110,15 @@ class TrainConfig(Section):
     def _one_spelling(cls, value: str | None) -> str | None:
         short = (value or "").removeprefix("deepspeed_")
         return short if short in DEEPSPEED_PRESETS else value
+
+    def rows_a_step(self, ranks: int) -> int:
+        """Packed rows an optimizer step, of all ranks."""
+        sharing = max(1, ranks // self.sequence_parallel_size)
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * sharing
+
+    def optimizer_steps(self, packed_rows: float, ranks: int) -> int:
+        """Of the whole training; `packed_rows` of all epochs."""
+        return self.max_steps or max(1, math.ceil(packed_rows / self.rows_a_step(ranks)))
 
     @property
     def heeds_held_out_loss(self) -> bool:

@@ -25,7 +25,7 @@ def changed_sections(recipe: Recipe, scratch: Path, rows: int) -> tuple[dict[str
         if changes["eval_fraction"] > recipe.eval_fraction:
             notes.append(f"eval_fraction: {recipe.eval_fraction:g} -> {changes['eval_fraction']:g}, of few rows")
     deployed = {key: getattr(recipe.compute, key) for key in ("prepare", "train", "publish", "dask")}
-    changes["register"] = {"by_reference": False}  # the scratch store is a folder
+    changes["register"] = {"by_reference": False, "min_heldout_rows": 1}  # a folder as store, few rows, no promotion
     changes["compute"] = {**dict.fromkeys(deployed), "num_proc": 1}
     named = [f"{value} ({key})" for key, value in deployed.items() if value]
     if named:

@@ -24,9 +24,10 @@ LOGIT_BYTES = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunLength:
-    """The real run, with `ranks` ranks; tokens of one epoch."""
+    """The real run, with `ranks` ranks; tokens and packed rows of one epoch."""
 
     epoch_tokens: int
+    packed_rows: int
     optimizer_steps: int
     ranks: int
 
@@ -62,9 +63,8 @@ def estimate_length(
     train = recipe.train
     rows = sequences if recipe.pack.packing == "none" else tokens / recipe.pack.max_length
     ranks = train.num_processes or 1
-    rows_a_step = train.per_device_train_batch_size * train.gradient_accumulation_steps * ranks
-    steps = train.max_steps or math.ceil(rows * train.num_train_epochs / rows_a_step)
-    return RunLength(epoch_tokens=round(tokens), optimizer_steps=max(steps, 1), ranks=ranks)
+    steps = train.optimizer_steps(rows * train.num_train_epochs, ranks)
+    return RunLength(epoch_tokens=round(tokens), packed_rows=math.ceil(rows), optimizer_steps=steps, ranks=ranks)
 
 
 def count_weights(config: Any, lora: LoraConfig | None, trust_remote_code: bool) -> Weights:

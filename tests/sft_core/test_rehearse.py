@@ -200,6 +200,7 @@ def test_a_rehearsal_changes_what_it_must_and_nothing_else(tiny_model: Path, tmp
         "evaluate.max_new_tokens",
         "evaluate.max_generated_rows",
         "evaluate.harness_tasks",
+        "register.min_heldout_rows",
         "compute.train",
         "compute.num_proc",
     }
