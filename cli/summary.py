@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sft_core.artifacts import Manifest
+from sft_core.evaluate.report import answers_ended
 from sft_core.plan import Plan
 from sft_core.recipe import Recipe
 from sft_core.store import Store
@@ -84,6 +85,7 @@ def _figures(manifests: dict[str, Manifest]) -> list[str]:
             f"[bold]training[/]  {facts['optimizer_steps']:,} optimizer steps, loss {facts['first_loss']:.3f} -> "
             f"{facts['last_loss']:.3f}, {facts['seconds_per_step']:.2f} s a step on {train.device}"
         )
+        lines += [f"[bold yellow]warning[/]   {escape(words)}" for words in facts.get("warnings", ())]
     if (evaluate := manifests.get("evaluate/tuned")) is not None and any(evaluate.ledger["rows"]["set_aside"].values()):
         rows = evaluate.ledger["rows"]
         lines.append(f"[bold]held out[/]  {rows['in']:,} rows = {rows['out']:,} scored + {set_aside(rows)}")
@@ -103,6 +105,9 @@ def _scores(manifests: dict[str, Manifest]) -> Table:
         values = [manifests[f"evaluate/{name}"].facts["metrics"].get(metric) for name in names]
         if any(value is not None for value in values):
             table.add_row(label, *("-" if value is None else form.format(value) for value in values))
+    ended = [answers_ended(manifests[f"evaluate/{name}"].facts) for name in names]
+    if any(ended):
+        table.add_row("answers that ended", *(words or "-" for words in ended))
     return table
 
 

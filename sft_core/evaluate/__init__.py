@@ -28,7 +28,7 @@ __all__ = [
     "scorer_source",
 ]
 
-STEP_VERSION = 2
+STEP_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +112,7 @@ def _with_answers(
     drawn = sorted(able, key=lambda i: hash_value([seed, examples[i].row_id]))[: config.max_generated_rows]
     if not drawn:
         return scores
-    stop_ids = sorted({examples[i].stop_id for i in drawn})
+    stop_ids = sorted({examples[i].stop_id for i in drawn} | _eos_ids(model[1]))
     options = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
     answers = generate_answers(model, [examples[i].prompt_ids for i in drawn], options, stop_ids)
     scorer = load_scorer(config.scorer) if config.scorer is not None else None
@@ -121,9 +121,16 @@ def _with_answers(
         row = scores[i]
         scored[i] = replace(
             row,
-            answer=answer,
-            exact_match=answer == row.reference.strip(),
-            rouge_l=rouge_l(row.reference, answer),
-            score=None if scorer is None else score_answer(scorer, row.row_id, examples[i].messages, answer),
+            answer=answer.text,
+            ended=answer.ended,
+            reference_tokens=examples[i].reference_tokens,
+            exact_match=answer.text == row.reference.strip(),
+            rouge_l=rouge_l(row.reference, answer.text),
+            score=None if scorer is None else score_answer(scorer, row.row_id, examples[i].messages, answer.text),
         )
     return scored
+
+
+def _eos_ids(tokenizer: Any) -> set[int]:
+    """A server stops at eos too, whatever the template writes behind an answer."""
+    return set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}

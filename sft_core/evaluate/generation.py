@@ -1,34 +1,44 @@
 """Greedy answers, generated in batches of similar length."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One generated answer. `ended`: whether a stop token came within the tokens allowed."""
+
+    text: str
+    ended: bool
+
+
 @torch.no_grad()
 def generate_answers(
     model: tuple[Any, Any], prompts: Sequence[list[int]], options: dict[str, int], stop_ids: Sequence[int]
-) -> list[str]:
+) -> list[Answer]:
     """One answer a prompt, in order, from (network, tokenizer); it ends at any of `stop_ids`.
 
     `options`: `max_new_tokens`, `batch_size`.
     """
     network, tokenizer = model
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers: dict[int, str] = {}
+    answers: dict[int, Answer] = {}
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
-    decode: Callable[[Any], str] = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)).strip()  # noqa: E731
     for start in range(0, len(order), options["batch_size"]):
         indices = order[start : start + options["batch_size"]]
         new_ids = _generate_batch(network, [prompts[i] for i in indices], options["max_new_tokens"], (pad_id, stop_ids))
-        answers.update({i: decode(row) for i, row in zip(indices, new_ids, strict=True)})
+        for i, (ids, ended) in zip(indices, new_ids, strict=True):
+            answers[i] = Answer(str(tokenizer.decode(ids, skip_special_tokens=True)).strip(), ended)
     return [answers[i] for i in range(len(prompts))]
 
 
 def _generate_batch(
     network: Any, prompts: list[list[int]], max_new_tokens: int, ids: tuple[int, Sequence[int]]
-) -> list[list[int]]:
+) -> list[tuple[list[int], bool]]:
+    """New ids up to the stop token, and whether there was one."""
     pad_id, stop_ids = ids
     length = max(map(len, prompts))
     device = next(network.parameters()).device
@@ -45,6 +55,6 @@ def _generate_batch(
     stops = set(stop_ids)
     rows = []
     for row in output[:, length:].tolist():
-        end = next((i for i, token in enumerate(row) if token in stops), len(row))
-        rows.append(row[:end])
+        end = next((i for i, token in enumerate(row) if token in stops), None)
+        rows.append((row[:end], end is not None))
     return rows

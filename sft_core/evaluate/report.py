@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ SCHEMA = pa.schema(
         ("prompt", pa.string()),
         ("reference", pa.string()),
         ("answer", pa.string()),
+        ("ended", pa.bool_()),
+        ("reference_tokens", pa.int64()),
         ("exact_match", pa.bool_()),
         ("rouge_l", pa.float64()),
         ("score", pa.float64()),
@@ -39,8 +41,10 @@ class Score:
 
     `loss_sum` is in nats over `tokens` supervised tokens; `num_bytes` is the size of the trained answers as UTF-8,
     whatever tokenizer or template reads them. `encoding` is a digest of the ids and labels that were scored: token
-    losses of two models may be compared where it is equal. `exact_match` (0 or 1), `rouge_l` (0 to 1) and `score` (the
-    user's) are None where no answer was generated, `score` also where there is no scorer.
+    losses of two models may be compared where it is equal. `ended` says whether the generated answer came to a stop
+    token within `evaluate.max_new_tokens`; `reference_tokens` is how many the reference takes, its stop token
+    included. These two, `exact_match` (0 or 1), `rouge_l` (0 to 1) and `score` (the user's) are None where no answer
+    was generated, `score` also where there is no scorer, and the first two in reports of earlier versions.
     """
 
     row_id: str
@@ -54,6 +58,8 @@ class Score:
     prompt: str
     reference: str
     answer: str | None = None
+    ended: bool | None = None
+    reference_tokens: int | None = None
     exact_match: bool | None = None
     rouge_l: float | None = None
     score: float | None = None
@@ -89,6 +95,7 @@ METRICS: dict[str, Metric] = {
         lambda s: s.loss_sum / math.log(2), lambda s: s.num_bytes, lower_is_better=True, unit="bits a byte"
     ),
     "token_accuracy": Metric(lambda s: s.correct_tokens, lambda s: s.tokens, unit="of the supervised tokens"),
+    "ended": Metric(lambda s: s.ended, lambda _: 1.0, unit="of the answers"),
     "exact_match": Metric(lambda s: s.exact_match, lambda _: 1.0, unit="of the answers"),
     "rouge_l": Metric(lambda s: s.rouge_l, lambda _: 1.0, unit="ROUGE-L F1"),
     "score": Metric(lambda s: s.score, lambda _: 1.0, unit="the scorer's mean"),
@@ -122,6 +129,7 @@ def write_report(report: EvaluationReport, out: Path) -> dict[str, Any]:
         "rows": len(report.scores),
         "tokens": sum(score.tokens for score in report.scores),
         "generated_rows": len(answered),
+        "ended_rows": sum(bool(score.ended) for score in answered),
         "identity": asdict(report.identity),
         "samples": [
             {"row_id": s.row_id, "prompt": s.prompt, "reference": s.reference, "answer": s.answer}
@@ -130,6 +138,12 @@ def write_report(report: EvaluationReport, out: Path) -> dict[str, Any]:
     }
     (out / REPORT).write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", "utf-8")
     return summary
+
+
+def answers_ended(facts: Mapping[str, Any]) -> str:
+    """`70 of 72`, from the facts of evaluate; empty where none was generated, or it was not counted yet."""
+    answers = facts.get("generated_rows", 0)
+    return f"{facts['ended_rows']} of {answers}" if answers and "ended_rows" in facts else ""
 
 
 def read_report(folder: Path) -> EvaluationReport:

@@ -6,6 +6,7 @@ In: recipe, plan, the manifests of the steps, the verdict's words. Out: text of 
 from collections.abc import Mapping
 
 from sft_core.artifacts import Manifest
+from sft_core.evaluate.report import answers_ended
 from sft_core.plan import Plan
 from sft_core.recipe import Recipe
 
@@ -60,6 +61,9 @@ def scores_table(manifests: Mapping[str, Manifest]) -> str:
     if not found:
         return ""
     lines = ["| held out | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    ended = [answers_ended(manifests[f"evaluate/{name}"].facts) for name in names]
+    if any(ended):
+        lines.append("| answers that ended by themselves | " + " | ".join(words or "-" for words in ended) + " |")
     for metric in found:
         values = (metrics[name].get(metric) for name in names)
         lines.append(f"| {metric} | " + " | ".join("-" if v is None else f"{v:.4f}" for v in values) + " |")

@@ -5,6 +5,7 @@ In: reports, manifests' ledgers and facts, training metrics. Out: `Verdict`, HTM
 """
 
 from sft_core.register.comparison import Comparison, Terms
+from sft_core.register.endings import Endings, ended_of, endings_of, endings_words, unfinished_answers
 from sft_core.register.judge import Verdict, judge
 from sft_core.register.page import Material, render_page
 from sft_core.register.sentinels import (
@@ -22,6 +23,7 @@ from sft_core.register.table import verdict_table
 
 __all__ = [
     "Comparison",
+    "Endings",
     "Finding",
     "Material",
     "SliceResult",
@@ -29,6 +31,9 @@ __all__ = [
     "Verdict",
     "broken_adapter",
     "certificate_over_bound",
+    "ended_of",
+    "endings_of",
+    "endings_words",
     "evaluation_rows_in_training",
     "judge",
     "no_supervised_tokens",
@@ -36,5 +41,6 @@ __all__ = [
     "refuse",
     "render_page",
     "strange_scores",
+    "unfinished_answers",
     "verdict_table",
 ]

@@ -11,6 +11,7 @@ from sft_core.artifacts import Manifest
 from sft_core.evaluate import EvaluationReport, read_report
 from sft_core.recipe import Recipe
 from sft_core.register.comparison import Terms
+from sft_core.register.endings import endings_words, unfinished_answers
 from sft_core.register.judge import Verdict, judge
 from sft_core.register.page import Material, render_page
 from sft_core.register.sentinels import (
@@ -43,7 +44,9 @@ def judge_stored(run: Retraining, challenge: int, *, against_champion: bool, tra
     verdict = judge(
         reports["tuned"], reports["base"], reports.get("champion"), terms_of(run.recipe, challenge), trained_on
     )
-    verdict = replace(verdict, manual=run.recipe.register_.approval == "manual")
+    ended = endings_words(reports, run.recipe.evaluate.max_new_tokens)
+    manual = run.recipe.register_.approval == "manual"
+    verdict = replace(verdict, manual=manual, notes=(*verdict.notes, ended))
     moving = [key for key in run.plan.steps if key.startswith("fetch/")] + ["normalize", "pack", "evaluate/tuned"]
     material = Material(
         title=f"{run.recipe.model_name} {run.plan['merge'].fingerprint[:12]}",
@@ -83,3 +86,5 @@ def _findings(run: Retraining, reports: dict[str, EvaluationReport]) -> Iterator
     yield from certificate_over_bound(merge_facts, run.recipe.register_.max_merge_divergence)
     yield from evaluation_rows_in_training(read_row_ids(conversations, "train"), read_row_ids(conversations, "heldout"))
     yield from strange_scores(reports["tuned"], reports["base"])
+    limit = run.recipe.evaluate.max_new_tokens
+    yield from unfinished_answers(reports, limit, run.recipe.register_.max_unfinished_increase)

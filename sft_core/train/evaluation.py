@@ -87,7 +87,8 @@ class Samples:
         ]
         options = {"max_new_tokens": self._max_new_tokens, "batch_size": 1}
         with in_eval_mode(trainer.model), trainer.accelerator.autocast():
-            return generate_answers((trainer.model, self._tokenizer), ids, options, self._stop_ids)
+            answers = generate_answers((trainer.model, self._tokenizer), ids, options, self._stop_ids)
+        return [answer.text for answer in answers]
 
 
 def open_evaluation(spec: TrainSpec, trainer: Any, packed: PackedDataset, max_steps: int) -> HeldOutEvaluation:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -113,6 +114,8 @@ def test_one_command_takes_raw_rows_to_the_champion(first: str, project: Project
     assert aliases(client) == {"candidate": "1", "champion": "1"}
     tags = client.get_model_version("orders", "1").tags
     assert tags["sft.verdict"].startswith("promoted: beats the base: loss")
+    assert "answers that ended by themselves: tuned 0 of 2, base 0 of 2 (not judged: every" in tags["sft.verdict"]
+    assert re.search(r"answers that ended +0 of 2 +0 of 2", first)
     assert len(tags["sft.merged_fingerprint"]) == 64
     logged = client.get_logged_model(client.get_model_version("orders", "1").source.removeprefix("models:/"))
     assert json.loads(logged.tags["mlflow.modelVersions"]) == [{"name": "orders", "version": "1"}]
@@ -134,6 +137,8 @@ def test_every_part_is_a_finished_run_that_holds_its_manifests(first: str, proje
     assert held["publish"] == {"convert.json", "merge.json", "evaluate-tuned.json", "evaluate-base.json"}
     parent = by_part["retraining"].info.run_id
     assert {by_part[p].data.tags["mlflow.parentRunId"] for p in held if p != "retraining"} == {parent}
+    figures = by_part["publish"].data.metrics
+    assert {figures[f"evaluate/{name}/ended"] for name in ("tuned", "base")} == {0.0}  # four tokens are too few
     losses = client.get_metric_history(by_part["train"].info.run_id, "train/loss")
     assert [metric.step for metric in losses] == [1, 2, 3]
     assert by_part["retraining"].data.params["train.learning_rate"] == "0.01"
@@ -183,6 +188,18 @@ def test_too_many_bad_rows_fail_the_run_with_one_clear_error(first: str, project
     client = project.client()
     runs = client.search_runs([client.get_experiment_by_name("orders").experiment_id], "attributes.status = 'RUNNING'")
     assert list(runs) == []
+
+
+def test_too_few_held_out_rows_end_the_run_before_it_trains(first: str, project: Project) -> None:
+    trained = len(list((project.folder / "store/train").iterdir()))
+    text = project.sft("run", "recipe.yaml", "--set", "eval_fraction=0.05", ok=False)
+    assert "Traceback" not in text
+    last = text[text.rindex("error: ") :]
+    assert "held-out rows are too few" in last
+    assert "eval_fraction" in last
+    assert "register.min_heldout_rows: 1 trains all the same" in last
+    assert "Task run 'pack" not in text
+    assert len(list((project.folder / "store/train").iterdir())) == trained
 
 
 def test_chat_answers_from_the_registry_and_from_folders(first: str, project: Project) -> None:

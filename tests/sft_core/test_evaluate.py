@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sft_core.errors import DataError, ModelError
 from sft_core.evaluate import EvaluatedModel, evaluate_model, read_report
 from sft_core.evaluate.examples import Example, read_examples
-from sft_core.evaluate.generation import generate_answers
+from sft_core.evaluate.generation import Answer, generate_answers
 from sft_core.evaluate.scoring import score_sequences
 from sft_core.pack import Sequence, encode_conversation, load_chat_template
 from sft_core.recipe import EvaluateConfig
@@ -66,6 +66,12 @@ def test_the_report_holds_every_held_out_row_and_the_same_again(
     assert len(report.scores) == 9
     for key in ("answer", "exact_match", "rouge_l"):
         assert sum(getattr(score, key) is not None for score in report.scores) == 3
+    assert {score.ended for score in report.scores if score.answer is None} == {None}
+    answered = [score for score in report.scores if score.answer is not None]
+    assert [score.ended for score in answered] == [False] * 3  # a random model, four tokens
+    assert [score.reference_tokens for score in answered] == [len(s.reference) + 1 for s in answered]  # and <|im_end|>
+    assert (outcome.facts["ended_rows"], outcome.facts["generated_rows"]) == (0, 3)
+    assert outcome.facts["metrics"]["ended"] == 0.0
     assert report.metrics() == outcome.facts["metrics"]
     assert all(score.reference.endswith("!") for score in report.scores)
     ids = {row["row_id"] for path in (conversations / "heldout").glob("*") for row in pq.read_table(path).to_pylist()}
@@ -115,7 +121,11 @@ def test_an_answer_ends_at_the_stop_token_whatever_its_neighbours_do(tiny_model:
     assert ids == list(range(ids[0], ids[0] + 7))
     options = {"max_new_tokens": 5, "batch_size": 2}
     answers = generate_answers((Scripted(), tokenizer), [[ids[0]], [0, ids[2]], [ids[1]]], options, [ids[4]])
-    assert answers == ["bcd", "d", "cd"]
+    assert answers == [Answer("bcd", True), Answer("d", True), Answer("cd", True)]
+    answers = generate_answers(
+        (Scripted(), tokenizer), [[ids[0]], [ids[2]]], {**options, "max_new_tokens": 3}, [ids[4]]
+    )
+    assert answers == [Answer("bcd", False), Answer("d", True)]  # the stop token would have been the fourth
 
 
 def test_generation_starts_from_the_ids_of_training(tiny_model: Path) -> None:
@@ -142,3 +152,28 @@ def test_rows_carry_tags(tiny_model: Path, conversations: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     examples, _ = read_examples(conversations, tokenizer, load_chat_template("chatml"), 128)
     assert {tuple(example.tags) for example in examples} == {("one turn",)}
+
+
+def test_an_answer_ends_at_eos_too_as_a_server_has_it(tiny_model: Path, conversations: Path, tmp_path: Path) -> None:
+    """The template ends answers with its own token; the model writes eos."""
+    network = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.eos_token = "<pad>"
+    with torch.no_grad():
+        network.lm_head.weight.zero_()  # every logit is equal: the first id, <pad>, is taken
+    for part in (network, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    evaluate_model(model_of(tmp_path / "model"), conversations, CONFIG, 42, tmp_path / "report")
+    answered = [score for score in read_report(tmp_path / "report").scores if score.answer is not None]
+    assert [(score.answer, score.ended) for score in answered] == [("", True)] * 3
+
+
+def test_a_report_from_before_answers_were_seen_to_end_is_read(
+    tiny_model: Path, conversations: Path, tmp_path: Path
+) -> None:
+    evaluate_model(model_of(tiny_model), conversations, CONFIG, 42, tmp_path)
+    table = pq.read_table(tmp_path / "scores.parquet")
+    pq.write_table(table.drop_columns(["ended", "reference_tokens"]), tmp_path / "scores.parquet")
+    report = read_report(tmp_path)
+    assert {(score.ended, score.reference_tokens) for score in report.scores} == {(None, None)}
+    assert "ended" not in report.metrics()

@@ -15,6 +15,7 @@ from prefect.logging import disable_run_logger
 
 from cli.servers import HOST, free_port
 from sft_core.artifacts import Manifest
+from sft_core.lineage.card import scores_table
 from tasks import evaluate, fetch, shown
 
 REGISTERED = {
@@ -55,6 +56,18 @@ def test_the_ledger_has_a_row_a_step_and_unit_with_the_commonest_reason_first() 
         ["normalize", "rows", "12,000", "10,794", "1,206", "too_long 1,200, duplicate 3, empty_answer 3"],
         ["pack", "supervised tokens", "7", "7", "0", ""],
     ]
+
+
+def test_scores_say_how_many_answers_ended_where_that_was_counted() -> None:
+    old = replace(NOTHING, step="evaluate", facts={"metrics": {"loss": 2.0}, "generated_rows": 9})
+    new = replace(old, facts={"metrics": {"loss": 1.0, "ended": 0.875}, "generated_rows": 8, "ended_rows": 7})
+    assert scores_table({"evaluate/tuned": new, "evaluate/base": old}).split("\n") == [
+        "| held out | base | tuned |",
+        "|---|---|---|",
+        "| answers that ended by themselves | - | 7 of 8 |",
+        "| loss | 2.0000 | 1.0000 |",
+    ]
+    assert "ended" not in scores_table({"evaluate/base": old})
 
 
 def test_the_report_says_the_verdict_in_words_and_each_reason_on_its_own_line() -> None:
