@@ -22,7 +22,7 @@ def data() -> None:
 
 
 @app.command()
-def check(
+def check(  # noqa: PLR0913 - one parameter an option
     file: Annotated[str, typer.Argument(metavar="FILE", help="File, glob, folder, fsspec URL or hub id.")],
     map_fn: Annotated[
         str | None, typer.Option(help="Shipped name, module:function or path.py:function; else the best fitting one.")
@@ -33,17 +33,29 @@ def check(
         Literal["hub", "openmind", "modelscope"] | None,
         typer.Option(help="Whose id FILE is; else a file's or the hub's."),
     ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RECIPE", help="Whose limits hold: eval_fraction, seed, normalize, register; else defaults."
+        ),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit status 1 where `sft run` would fail.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
 ) -> None:
     """Read and normalize a data set, and report what became of its rows. Nothing is kept.
 
-    Example: sft data check rows.jsonl --map-fn alpaca
-    """
-    from sft_core.normalize import check_dataset
-    from sft_core.recipe import DatasetConfig
+    Warns where `sft run` on these rows would fail: too many that cannot be used, too few held out for the gate.
 
-    report = check_dataset(DatasetConfig(path=file, name=name, split=split, source=source), map_fn)
+    Example: sft data check rows.jsonl --map-fn alpaca --strict
+    """
+    from sft_core.normalize import Asked, check_dataset
+    from sft_core.recipe import DatasetConfig, resolve
+
+    asked = Asked() if recipe is None else Asked.by(resolve(recipe))
+    report = check_dataset(DatasetConfig(path=file, name=name, split=split, source=source), map_fn, asked)
     print(_as_json(file, report) if as_json else _as_text(file, report))
+    if strict and report.warnings:
+        raise typer.Exit(1)
 
 
 def _as_json(file: str, report: "CheckReport") -> str:
@@ -53,7 +65,10 @@ def _as_json(file: str, report: "CheckReport") -> str:
         "map_fn_chosen": report.chosen,
         "rows_in": report.rows_in,
         "rows_out": report.rows_out,
+        "held_out": report.held_out,
         "quarantined": report.quarantined,
+        "set_aside": report.set_aside,
+        "warnings": report.warnings,
         "fitting": report.fitting,
         "tried_rows": report.tried_rows,
         "columns": report.columns,
@@ -68,12 +83,17 @@ def _as_text(file: str, report: "CheckReport") -> str:
     if report.chosen and report.map_fn == "pretrain":
         origin = " (no other reads a row: plain text, without requests and answers)"
     lines = [file, f"map_fn: {report.map_fn}{origin}", f"rows in: {report.rows_in}", f"rows out: {report.rows_out}"]
+    lines.append(f"held out: {report.held_out} of them (eval_fraction {report.eval_fraction:g})")
+    if report.set_aside:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in report.set_aside.items())
+        lines.append(f"left out of the held-out side: {reasons}")
     lines.append(f"quarantined: {sum(report.quarantined.values())}")
     for reason, count in report.quarantined.items():
         example = report.examples[reason]
         lines.append(f"  {count} {reason}, such as {example['file']} row {example['row_number']}: {example['detail']}")
     if report.little_fits:
         lines.append(_advice(report))
+    lines += [f"warning: sft run would fail: {words}" for words in report.warnings]
     return "\n".join(lines).encode("utf-8", "backslashreplace").decode("utf-8")
 
 

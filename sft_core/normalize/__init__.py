@@ -30,7 +30,7 @@ An empty request (`input`, user message) is no fault: XTuner trains such rows, a
 are kept. `row_id` is a digest of the conversation's content: equal conversations have equal ids.
 """
 
-from sft_core.normalize.check import CheckReport, check_dataset
+from sft_core.normalize.check import Asked, CheckReport, check_dataset
 from sft_core.normalize.columns import suggest_map_fns
 from sft_core.normalize.conversation import (
     TEXT_ROLE,
@@ -52,6 +52,7 @@ __all__ = [
     "MAP_FNS_VERSION",
     "STEP_VERSION",
     "TEXT_ROLE",
+    "Asked",
     "CheckReport",
     "Conversation",
     "Message",

@@ -1,26 +1,29 @@
 """`sft data check`: would this data set do, and which map_fn reads it?
 
-In: a data set and, where the user named one, a map_fn. Out: a `CheckReport`. All is written to a temporary folder and
-dropped; no limit applies, an empty side is no fault. Without a map_fn the one is taken that reads most of the first
-TRIED_ROWS rows; of equals the first in `sft_core.normalize.columns`; pretrain, which reads any text, only where no
-other reads a row.
+In: a data set, where the user named one a map_fn, and what a run would ask of its rows. Out: a `CheckReport`. All is
+written to a temporary folder and dropped. Where `sft run` would fail, the report has a warning. Without a map_fn the
+one is taken that reads most of the first TRIED_ROWS rows; of equals the first in `sft_core.normalize.columns`;
+pretrain, which reads any text, only where no other reads a row.
 """
 
 import itertools
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_core.errors import RowError
+from sft_core.errors import DataError, RowError
 from sft_core.fetch import fetch_dataset
 from sft_core.normalize.columns import COLUMNS, suggest_map_fns
 from sft_core.normalize.dataset import NormalizeSource, plan_shards, sort_rows
+from sft_core.normalize.limits import check_limits
 from sft_core.normalize.load import load_map_fn, shipped_name
 from sft_core.normalize.map_fns import MAP_FNS
 from sft_core.normalize.rows import read_conversation, read_row
-from sft_core.recipe import DatasetConfig
+from sft_core.normalize.tally import NO_FAULT, Tally
+from sft_core.recipe import DatasetConfig, NormalizeConfig, Recipe, RegisterConfig
 from sft_core.shard_rows import read_shards
 
 TRIED_ROWS = 500
@@ -29,14 +32,42 @@ ENOUGH = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What a run asks of its rows; the defaults are the recipe's."""
+
+    normalize: NormalizeConfig = NormalizeConfig()
+    register: RegisterConfig = RegisterConfig()
+    eval_fraction: float = Recipe.model_fields["eval_fraction"].default
+    seed: int = Recipe.model_fields["seed"].default
+    eval_datasets: bool = False
+    """Rows of other data sets are held out too."""
+
+    @classmethod
+    def by(cls, recipe: Recipe) -> "Asked":
+        """What this recipe asks."""
+        return cls(
+            normalize=recipe.normalize,
+            register=recipe.register_,
+            eval_fraction=recipe.eval_fraction,
+            seed=recipe.seed,
+            eval_datasets=bool(recipe.eval_datasets),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckReport:
-    """What became of a data set's rows. `fitting`: shipped map_fns for its columns, the rows each reads, best first."""
+    """What became of a data set's rows. `held_out` are among `rows_out`; `set_aside`: by reasons that are no fault;
+    `fitting`: shipped map_fns for its columns, the rows each reads, best first; `warnings`: why a run would fail."""
 
     map_fn: str
     chosen: bool
     rows_in: int
     rows_out: int
+    held_out: int
+    eval_fraction: float
     quarantined: dict[str, int]
+    set_aside: dict[str, int]
+    warnings: tuple[str, ...]
     fitting: dict[str, int]
     tried_rows: int
     columns: tuple[str, ...]
@@ -49,7 +80,7 @@ class CheckReport:
         return self.rows_out < ENOUGH * self.rows_in
 
 
-def check_dataset(dataset: DatasetConfig, map_fn: str | None = None) -> CheckReport:
+def check_dataset(dataset: DatasetConfig, map_fn: str | None = None, asked: Asked = Asked()) -> CheckReport:  # noqa: B008 - frozen
     """Fetch and normalize a data set, and drop the result. SourceError or DataError when it cannot be read at all."""
     if map_fn is not None:
         load_map_fn(map_fn)  # a wrong name fails before anything is fetched
@@ -60,19 +91,39 @@ def check_dataset(dataset: DatasetConfig, map_fn: str | None = None) -> CheckRep
         fitting, columns = _fitting(first)
         name = map_fn or next(iter(fitting), "default")
         source = NormalizeSource(rows=fetched, map_fn=name, name=Path(dataset.path).name or dataset.path)
-        tally = sort_rows(plan_shards([source], 0.0, 0), None, False, Path(folder) / "out")
+        shards = plan_shards([source], asked.eval_fraction, asked.seed)
+        tally = sort_rows(shards, asked.normalize.near_duplicates, False, Path(folder) / "out")
+    reasons = tally.reasons.most_common()
     return CheckReport(
         map_fn=shipped_name(name) or name,
         chosen=map_fn is None,
         rows_in=tally.rows,
-        rows_out=tally.on("train"),
-        quarantined=dict(tally.reasons.most_common()),
+        rows_out=tally.on("train") + tally.on("heldout"),
+        held_out=tally.on("heldout"),
+        eval_fraction=asked.eval_fraction,
+        quarantined={reason: count for reason, count in reasons if reason not in NO_FAULT},
+        set_aside={reason: count for reason, count in reasons if reason in NO_FAULT},
+        warnings=tuple(_warnings(tally, asked, {source.name: name})),
         fitting=fitting,
         tried_rows=len(first),
         columns=columns,
         ledger=tally.ledger(),
         examples=tally.facts()["examples"],
     )
+
+
+def _warnings(tally: Tally, asked: Asked, map_fns: dict[str, str]) -> Iterator[str]:
+    """Why a run on these rows alone would fail."""
+    from sft_core.outlook.heldout import heldout_needed, heldout_shortage  # which reads conversations itself
+
+    try:
+        check_limits(tally, asked.normalize.max_quarantined_fraction, map_fns, held_out=not asked.eval_datasets)
+    except DataError as error:
+        yield str(error)
+        return
+    left = tally.on("heldout")
+    if left < heldout_needed(asked.register) and not asked.eval_datasets:
+        yield heldout_shortage(left, asked.register, tally.reasons)
 
 
 def _fitting(records: list[dict[str, Any]]) -> tuple[dict[str, int], tuple[str, ...]]:

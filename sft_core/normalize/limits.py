@@ -12,8 +12,10 @@ from sft_core.normalize.tally import DETAIL_CHARACTERS, NO_FAULT, Tally
 REASONS_SHOWN = 3
 
 
-def check_limits(tally: Tally, max_quarantined_fraction: float, map_fns: Mapping[str, str]) -> None:
-    """`map_fns`: the map_fn of each data set, for advice."""
+def check_limits(
+    tally: Tally, max_quarantined_fraction: float, map_fns: Mapping[str, str], *, held_out: bool = True
+) -> None:
+    """`map_fns`: the map_fn of each data set, for advice; `held_out`: whether some of these rows must be held out."""
     if not tally.rows:
         raise DataError(f"no row to normalize in {', '.join(map_fns) or 'no data set at all'}; check what fetch wrote")
     fraction = tally.faulty / tally.rows
@@ -30,18 +32,24 @@ def check_limits(tally: Tally, max_quarantined_fraction: float, map_fns: Mapping
             )
     if not tally.on("train"):
         raise DataError(f"no training rows are left of {tally.rows}.\n{_reasons(tally)}\n{_advice(tally, map_fns)}")
-    if not tally.on("heldout"):
-        raise DataError(
-            f"nothing is held out: none of {tally.on('train')} conversations fell to the held-out side; raise "
-            f"eval_fraction, name eval_datasets, or add rows{_overlap(tally)}"
-        )
+    if held_out and not tally.on("heldout"):
+        raise DataError(_nothing_held_out(tally))
 
 
-def _overlap(tally: Tally) -> str:
+def _nothing_held_out(tally: Tally) -> str:
     exact, near = tally.reasons["also_in_training"], tally.reasons["near_duplicate"]
+    if not exact + near:
+        return (
+            f"nothing is held out: none of {tally.on('train')} conversations fell to the held-out side; raise "
+            "eval_fraction, name eval_datasets, or add rows"
+        )
     parts = [f"{exact} rows of eval_datasets are in training too"] if exact else []
-    parts += [f"{near} rows are near duplicates of training rows (normalize.near_duplicates)"] if near else []
-    return f" ({' and '.join(parts)}: set aside)" if parts else ""
+    parts += [f"{near} rows are near duplicates of training rows"] if near else []
+    key = "; or raise normalize.near_duplicates (null keeps all but exact copies)" if near else ""
+    return (
+        f"nothing is held out: all {exact + near} held-out rows are set aside, as {' and '.join(parts)}. Name "
+        f"eval_datasets of other rows, or raise eval_fraction{key}"
+    )
 
 
 def _reasons(tally: Tally) -> str:

@@ -89,8 +89,14 @@ class TestCommand:
             "map_fn: messages (the best fitting one)",
             "rows in: 2",
             "rows out: 1",
+            "held out: 0 of them (eval_fraction 0.02)",
             "quarantined: 1",
             "  1 no_turns, such as rows.jsonl row 2: column 'messages' is empty",
+            "warning: sft run would fail: 1 of 2 rows (50.0%) cannot be used; "
+            "normalize.max_quarantined_fraction allows 5.0%.",
+            "  1 no_turns, such as rows.jsonl row 2: column 'messages' is empty",
+            "Fix these rows, choose another map_fn for rows.jsonl (now messages; the columns of that row fit "
+            "openai), or raise normalize.max_quarantined_fraction",
             "",
         ]
 
@@ -105,6 +111,34 @@ class TestCommand:
         assert advice in run(path, "--map-fn", "openai_map_fn")
         check(tmp_path, [{"q": "\ud800"}])
         assert "No other shipped map_fn reads the columns (q); write your own: path.py:function" in run(path)
+
+    def test_strict_is_an_error_where_a_run_would_fail(self, tmp_path):
+        def status(rows: list, *options: str) -> tuple[int, str]:
+            check(tmp_path, rows)
+            result = CliRunner().invoke(app, ["data", "check", str(tmp_path / "rows.jsonl"), *options])
+            return result.exit_code, result.stdout
+
+        def rows(count: int) -> list:
+            return [
+                {"input": f"What is {n * 7919 % 10007}?", "output": f"It is {n * 104729 % 99991}."}
+                for n in range(count)
+            ]
+
+        few, many = rows(60), rows(900)
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text("{name: r, base_model: {path: b}, datasets: [{path: rows.jsonl}], eval_fraction: 0.5}")
+        code, text = status(few)
+        assert code == 0
+        assert "warning: sft run would fail:" in text
+        assert status(few, "--strict")[0] == 1
+        assert status(few, "--strict", "--json")[0] == 1
+        code, text = status(few, "--strict", "--recipe", str(recipe))
+        assert (code, "warning" in text, "(eval_fraction 0.5)" in text) == (0, False, True)
+        code, text = status(many, "--strict")
+        assert (code, "warning" in text) == (0, False)
+        code, text = status([*many, *({"input": "q", "output": ""} for _ in range(60))], "--strict")
+        assert code == 1
+        assert "60 of 960 rows (6.2%) cannot be used; normalize.max_quarantined_fraction allows 5.0%" in text
 
     def test_json(self, tmp_path):
         check(tmp_path, [{"messages": CHAT}, "7"])

@@ -1,5 +1,6 @@
 """normalize: how many rows may be set aside, and what both sides need."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,17 @@ class TestLimits:
     def test_what_is_held_out_may_all_be_like_training(self, tmp_path):
         held_out = source(tmp_path, pairs(3), "evaluation", held_out=True)
         message = self.fail(tmp_path, source(tmp_path, pairs(3)), held_out, fraction=0)
-        assert "(3 rows of eval_datasets are in training too: set aside)" in message
+        assert "all 3 held-out rows are set aside, as 3 rows of eval_datasets are in training too" in message
+
+    def test_what_is_held_out_may_all_be_near_training(self, tmp_path):
+        rows = [
+            {"input": "Say it", "output": f"{'The same answer as always, word for word. ' * 9}{n}"} for n in range(60)
+        ]
+        with pytest.raises(DataError) as caught:
+            normalize(tmp_path / "out", source(tmp_path, rows), fraction=0.3, near=0.8)
+        message = str(caught.value)
+        assert re.match(r"nothing is held out: all \d+ held-out rows are set aside, as \d+ rows are near dup", message)
+        assert message.endswith("or raise normalize.near_duplicates (null keeps all but exact copies)")
 
     def test_no_rows(self, tmp_path):
         nothing = NormalizeSource(rows=tmp_path, map_fn="default", name="nothing")
