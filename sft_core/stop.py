@@ -97,16 +97,14 @@ class _Listener:
 
     def _listen(self) -> None:
         while True:
-            waiting = self.asked is not None
-            ready = select.select([self._read], [], [], AGAIN_SECONDS if waiting else None)[0]
+            ready = select.select([self._read], [], [], AGAIN_SECONDS)[0]  # `read_waiting` may have been quicker
             with self._lock:
-                if ready and not select.select([self._read], [], [], 0)[0]:
-                    continue  # `read_waiting` was quicker
-                numbers = self._read.recv(64) if ready else b""
-                if ready and not numbers:
-                    self._read.close()
-                    return
-                self.hear(numbers)
+                if ready and select.select([self._read], [], [], 0)[0]:
+                    numbers = self._read.recv(64)
+                    if not numbers:
+                        self._read.close()
+                        return
+                    self.hear(numbers)
             now = time.monotonic()
             if self.asked is not None and now > self.deadline:
                 end_now(self.asked)
@@ -119,6 +117,7 @@ class _Listener:
             _deliver(self.asked)
 
     def _is_stop(self, error: BaseException | None) -> bool:
+        self.read_waiting()
         return self.asked is not None and error is not None and not isinstance(error, Exception)
 
 
