@@ -42,6 +42,10 @@ def run(
     of the same architecture with the real tokenizer, the first rows of every source, three optimizer steps, a scratch
     registry.
 
+    Ctrl-C stops it within seconds and says what was reached: a training saves first, steps that are done are reused, a
+    stopped run promotes nothing, and the same command goes on. A second Ctrl-C ends it at once. Exit status: 0 done,
+    1 an error, 130 stopped by Ctrl-C, 143 by SIGTERM, 129 because its terminal was closed.
+
     Example: sft run demo --set train.num_train_epochs=2
     """
     from rich.console import Console
@@ -99,8 +103,8 @@ def train(
 
     Leaves the checkpoint in the recipe's store and prints where. Started again after a crash, it goes on from the last
     complete checkpoint. Several machines: NNODES, NODE_RANK, ADDR, PORT and NPROC_PER_NODE in the environment, the same
-    command on each; or srun with --launcher slurm. Exit status: 0 done, 1 an error, 75 stopped by SIGTERM after saving,
-    130 Ctrl-C. Next: sft convert pth-to-hf.
+    command on each; or srun with --launcher slurm. Exit status: 0 done, 1 an error, 75 stopped by SIGTERM after saving (143
+    before training has begun), 130 by Ctrl-C, 129 because its terminal was closed. Next: sft convert pth-to-hf.
     """
     from cli.launch import read_launch, train_as, with_ranks
     from demo.provide import provide_base_model

@@ -1,6 +1,7 @@
 """A stop reaches its goal: though something swallowed it, though the main thread is busy, and without breaking the way
 out. Each program runs in a process of its own, and is to end by itself or by the stop within its bound."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -233,3 +234,41 @@ def test_prefects_own_signal_is_raised_again_in_a_flow() -> None:
     """)
     assert done.stdout == "swallowed\nTerminationSignal\n"
     assert done.returncode == -signal.SIGTERM
+
+
+def test_ctrl_c_at_a_terminal_ends_the_processes_that_share_the_work() -> None:
+    """It goes to all of them; each is at something that takes long. Nobody prints a traceback, nobody stays."""
+    program = """
+        from sft_core.processes import process_mapper
+        stop.listen(50.0, lambda number: None)
+        try:
+            with process_mapper(2) as mapper:
+                for _ in mapper(time.sleep, [0.1, *[300.0] * 4]):
+                    print("ready", flush=True)
+        except stop.Stopped:
+            print("stopped")
+    """
+    command = [sys.executable, "-c", BEGIN + textwrap.dedent(program)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        os.killpg(process.pid, signal.SIGINT)
+        out, _ = process.communicate(timeout=SECONDS)  # to the end of the pipe: all of them hold it
+    assert (process.returncode, out) == (0, "stopped\n")
+
+
+def test_the_processes_that_share_the_work_die_with_a_killed_one() -> None:
+    program = """
+        from sft_core.processes import process_mapper
+        with process_mapper(2) as mapper:
+            for _ in mapper(time.sleep, [0.1, *[300.0] * 4]):
+                print("ready", flush=True)
+    """
+    command = [sys.executable, "-c", BEGIN + textwrap.dedent(program)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.kill()
+        assert process.stdout.read() == ""  # the end of the pipe, which all of them hold

@@ -1,6 +1,7 @@
 """Promotion and rollback by hand: serialised, checked by loading, barred for good, with the reason kept."""
 
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file, save_file
 
+from sft_core import stop
 from sft_core.errors import ModelError, RegistryError
 from sft_core.load_check import check_loads
 from sft_core.pack import load_chat_template
@@ -121,3 +123,24 @@ def test_nothing_moves_if_the_champion_moved_meanwhile(registry: MlflowClient, m
 def test_an_unknown_version_is_named(registry: MlflowClient, wanted: str) -> None:
     with pytest.raises(RegistryError, match=f"models:/orders/{wanted}: no such version or alias"):
         read_version("orders", wanted)
+
+
+def test_a_stop_that_something_swallowed_moves_no_alias(registry: MlflowClient) -> None:
+    """SIGINT comes within a `__del__`, where Python prints what its handler raises and goes on."""
+
+    class Swallows:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def stopped() -> None:
+        with stop.insisting():
+            Swallows()
+            models.move_champion("orders", "1", find_champion("orders"), "by a stopped run")
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where the tests run in the background
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            stopped()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert aliases(registry) == {"candidate": "2", "champion": "2", "previous": "1"}
