@@ -103,8 +103,8 @@ def train(
 
     Leaves the checkpoint in the recipe's store and prints where. Started again after a crash, it goes on from the last
     complete checkpoint. Several machines: NNODES, NODE_RANK, ADDR, PORT and NPROC_PER_NODE in the environment, the same
-    command on each; or srun with --launcher slurm. Exit status: 0 done, 1 an error, 75 stopped by SIGTERM after saving (143
-    before training has begun), 130 by Ctrl-C, 129 because its terminal was closed. Next: sft convert pth-to-hf.
+    command on each; or srun with --launcher slurm. Exit status: 0 done, 1 an error, 75 stopped by SIGTERM after saving
+    (143 before training has begun), 130 by Ctrl-C, 129 because its terminal was closed. Next: sft convert pth-to-hf.
     """
     from cli.launch import read_launch, train_as, with_ranks
     from demo.provide import provide_base_model
