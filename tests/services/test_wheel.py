@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from cli.servers import Process, end_marked
-from tests.services.stack import RECIPE, RUN_SECONDS, write_project
+from tests.services.stack import RECIPE, RUN_SECONDS, wait_until, write_project
 from tests.services.test_up import END_SECONDS, Up
 from tests.services.test_up import READY_SECONDS as UP_SECONDS
 
@@ -164,14 +165,15 @@ class InstalledUp(Up):
 
     def wait_completed(self, name: str, parameters: dict[str, Any]) -> None:
         """Run a deployment to its end."""
-        from tests.services.stack import wait_until
-
         deployment = self.api("GET", f"/deployments/name/{name}")
         body = {"parameters": parameters}
         run = self.api("POST", f"/deployments/{deployment['id']}/create_flow_run", body)["id"]
 
         def ended() -> dict[str, Any] | None:
-            found = self.api("GET", f"/flow_runs/{run}")
+            try:
+                found = self.api("GET", f"/flow_runs/{run}")
+            except httpx.TimeoutException:  # a busy machine; asked again
+                return None
             return found if found["state_type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") else None
 
         state = wait_until(ended, RUN_SECONDS)["state"]
