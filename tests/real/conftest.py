@@ -23,7 +23,7 @@ MODEL_SECONDS = 900
 """Bound on the download of 93 MB and the conversion; 40 s on two idle cores."""
 RETRAINING_SECONDS = 3000
 """Bound on the whole retraining; about 5 minutes on two idle cores."""
-STEPS = 24
+STEPS = 30
 """Optimizer steps, of the demo's 40."""
 
 

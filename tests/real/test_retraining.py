@@ -29,8 +29,8 @@ def test_exact_match_rises_from_nothing_and_the_version_is_champion(retrained: R
     assert scores["tuned"]["exact_match"] >= 0.5
     assert scores["tuned"]["loss"] < scores["base"]["loss"] / 2
     version = retrained.client().get_model_version_by_alias("demo_real", "champion")
-    assert version.version == "1"
-    assert version.tags["sft.verdict"].startswith("promoted: beats the base: exact match")
+    assert str(version.version) == "1"
+    assert version.tags["sft.verdict"].startswith("promoted: beats the base: exact_match")
     assert "demo_real version 1 (@candidate, @champion)" in retrained.printed
     assert "sft chat models:/demo_real@champion" in retrained.printed
 
