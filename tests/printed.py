@@ -2,7 +2,7 @@
 
 import re
 
-CLOCK = r"\d\d:\d\d:\d\d\.\d{3} \| INFO    \| "
+CLOCK = r"\d\d:\d\d:\d\d\.\d{3} \| (INFO   |WARNING) \| "
 KNOWN = tuple(
     re.compile(form)
     for form in (
@@ -10,6 +10,7 @@ KNOWN = tuple(
         r"made \S+ in \d+ s",
         r"planning \w+: hashing the sources and the base model",
         r"starting Prefect",
+        r"(note|warning): \S.*",
         CLOCK + r"(Flow|Task) run '.+' - \S.*",
     )
 )

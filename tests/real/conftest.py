@@ -22,7 +22,7 @@ MODEL = ROOT / ".cache" / "smollm2"
 MODEL_SECONDS = 900
 """Bound on the download of 93 MB and the conversion; 40 s on two idle cores."""
 RETRAINING_SECONDS = 3000
-"""Bound on the whole retraining; about 5 minutes on two idle cores."""
+"""Bound on the whole retraining, which is about 6 minutes of processor time."""
 STEPS = 30
 """Optimizer steps, of the demo's 40."""
 
