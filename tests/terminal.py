@@ -49,6 +49,11 @@ class Terminal:
         self._read_until(lambda: re.search(pattern, self.shown) is not None, seconds)
         assert re.search(pattern, self.shown), f"no {pattern!r} in {seconds:.0f} s:\n{self.shown[-3000:]}"
 
+    def read(self) -> int:
+        """Length of what is shown by now."""
+        self._read_until(lambda: True, 1.0)
+        return len(self.shown)
+
     def press(self, key: bytes) -> None:
         """A key, or a line."""
         os.write(self.master, key)
@@ -65,7 +70,7 @@ class Terminal:
     def wait_end(self, seconds: float) -> int:
         """Exit status, -N where signal N ended it. AssertionError if it takes longer."""
         began = time.monotonic()
-        self._read_until(lambda: self._ended(), seconds)
+        self._read_until(lambda: False, seconds)  # to the last line
         assert self._status is not None, f"still there after {seconds:.0f} s:\n{self.shown[-3000:]}"
         self.took = time.monotonic() - began
         return self._status
@@ -93,15 +98,15 @@ class Terminal:
     def _read_until(self, enough: Callable[[], bool], seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            if self.master >= 0 and select.select([self.master], [], [], 0.05)[0]:
+            more = self.master >= 0 and bool(select.select([self.master], [], [], 0.05)[0])
+            if more:
                 try:
                     self._bytes += os.read(self.master, 1 << 16)
-                    continue
                 except OSError:  # nobody has the other side open any more
-                    pass
-            if enough() or self._ended():
+                    more = False
+            if enough() or (self._ended() and not more):
                 return
-            time.sleep(0.02)
+            time.sleep(0 if more else 0.02)
 
 
 def user_environment(folder: Path, **settings: str) -> Mapping[str, str]:

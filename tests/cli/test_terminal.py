@@ -1,5 +1,7 @@
 """Ctrl-C at a terminal: it ends an answer of `sft chat`, a prompt, a model's loading, and any other command."""
 
+import json
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -33,17 +35,25 @@ def start() -> Iterator[START]:
 
 
 def chat(start: START, folder: Path, model: Path) -> Terminal:
-    """At its first prompt; answers are noise without end."""
-    endless = ("--chat-template", "chatml", "--max-new-tokens", "100000")
-    command = start(folder, "chat", str(model), *endless)
+    """At its first prompt; answers are noise without end: no token ends one."""
+    endless = shutil.copytree(model, folder / "endless")
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((endless / name).read_text())
+        (endless / name).write_text(json.dumps({**values, "eos_token_id": None}))
+    options = ("--chat-template", "chatml", "--max-new-tokens", "100000", "--temperature", "1.5")
+    command = start(folder, "chat", str(endless), *options)
     command.wait_for(r"> $")
     return command
 
 
-def stop_an_answer(command: Terminal) -> None:
+def begin_an_answer(command: Terminal) -> None:
     before = len(command.shown)
     command.press(b"say w1\n")
-    wait_until(lambda: command.wait_for("") or len(command.shown) > before + 40, SOON, 0.05)
+    wait_until(lambda: command.read() > before + 40, SOON, 0.05)
+
+
+def stop_an_answer(command: Terminal) -> None:
+    begin_an_answer(command)
     command.press(CTRL_C)
     command.wait_for(r"\^C\n> $", SOON)
 
@@ -67,8 +77,7 @@ def test_ctrl_c_at_the_prompt_ends_the_talk(start: START, tmp_path: Path, tiny_m
 
 def test_sigterm_while_an_answer_comes_ends_the_program(start: START, tmp_path: Path, tiny_model: Path) -> None:
     command = chat(start, tmp_path, tiny_model)
-    command.press(b"say w1\n")
-    command.wait_for(r"say w1\n.{20}")
+    begin_an_answer(command)
     command.send(signal.SIGTERM)
     assert command.wait_end(SOON) == 143
     assert command.shown.endswith("\nstopped\n")
