@@ -107,7 +107,7 @@ def test_ctrl_c_in_another_command_leaves_no_temporary_file(start: START, tmp_pa
     project = write_project(tmp_path / "project", tiny_model, rows=60_000, recipe=RECIPE)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    command = start(project, "data", "check", "recipe.yaml", TMPDIR=str(scratch))
+    command = start(project, "data", "check", "rows.jsonl", TMPDIR=str(scratch))
     wait_until(lambda: list(scratch.glob("sft-check-*/*")), SOON, 0.01)
     command.press(CTRL_C)
     assert command.wait_end(SOON) == 130
