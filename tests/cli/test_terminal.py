@@ -96,7 +96,11 @@ def test_what_was_shown_of_an_answer_stays_in_the_talk(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("command", [("chat", "base", "--chat-template", "chatml"), ("explain", "recipe.yaml")])
 def test_ctrl_c_while_libraries_load(command: tuple[str, ...], start: START, tmp_path: Path, tiny_model: Path) -> None:
     loading = start(write_project(tmp_path / "project", tiny_model), *command)
-    wait_until(lambda: any("libtorch" in line for line in open(f"/proc/{loading.pid}/maps")), SOON, 0.01)  # noqa: SIM115, PTH123
+    process = Path(f"/proc/{loading.pid}")
+    wait_until(
+        lambda: "cli.main" in (process / "cmdline").read_text(), SOON, 0.01
+    )  # until then it is a copy of this one
+    wait_until(lambda: "libtorch" in (process / "maps").read_text(), SOON, 0.01)
     loading.press(CTRL_C)
     assert loading.wait_end(SOON) == 130
     assert loading.shown.splitlines()[-1] == "stopped"
