@@ -93,9 +93,9 @@ def test_what_was_shown_of_an_answer_stays_in_the_talk(monkeypatch: pytest.Monke
     assert _show(answer()) == "w17"
 
 
-@pytest.mark.parametrize("command", [("chat", "base", "--chat-template", "chatml"), ("explain", "recipe.yaml")])
-def test_ctrl_c_while_libraries_load(command: tuple[str, ...], start: START, tmp_path: Path, tiny_model: Path) -> None:
-    loading = start(write_project(tmp_path / "project", tiny_model), *command)
+def test_ctrl_c_while_libraries_load(start: START, tmp_path: Path, tiny_model: Path) -> None:
+    project = write_project(tmp_path / "project", tiny_model)
+    loading = start(project, "chat", "base", "--chat-template", "chatml")
     process = Path(f"/proc/{loading.pid}")
     wait_until(
         lambda: "cli.main" in (process / "cmdline").read_text(), SOON, 0.01
