@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,12 +109,21 @@ def start_mlflow(
 
 
 def start_worker(
-    pool: str, folder: Path, environment: Mapping[str, str], limit: int | None = None, name: str | None = None
+    pool: str,
+    folder: Path,
+    environment: Mapping[str, str],
+    limit: int | None = None,
+    name: str | None = None,
+    queues: Sequence[str] = (),
 ) -> Process:
-    """A Prefect worker of `pool`; PREFECT_API_URL in its environment says of which server."""
+    """A Prefect worker of `pool`, of all its work queues or of `queues`; PREFECT_API_URL in its environment names the
+    server."""
     name = name or f"worker-{pool}"
     arguments = ["prefect", "worker", "start", "--pool", pool, "--name", name]
-    return start(name, arguments + (["--limit", str(limit)] if limit else []), folder, environment)
+    arguments += ["--limit", str(limit)] if limit else []
+    for queue in queues:
+        arguments += ["--work-queue", queue]
+    return start(name, arguments, folder, environment)
 
 
 def wait_for(process: Process, url: str, seconds: float = START_SECONDS) -> None:

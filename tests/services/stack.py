@@ -79,12 +79,14 @@ class Stack:
         wait_for(self.processes["mlflow"], f"{self.mlflow_url}/health")
         return self
 
-    def worker(self, pool: str, limit: int | None = None, **settings: str) -> Process:
-        """A worker of `pool`; the pool is made if it is not there (`--overwrite` would take its limit away)."""
+    def worker(self, pool: str, limit: int | None = None, queue: str | None = None, **settings: str) -> Process:
+        """A worker of `pool`, of one of its queues or of all. The pool is made if it is not there (`--overwrite` would
+        take its limit away)."""
         if pool not in {known["name"] for known in self.api("POST", "/work_pools/filter", {})}:
             self.prefect("work-pool", "create", pool, "--type", "process")
         environment = {**self.environment, **settings}
-        process = start_worker(pool, self.folder, environment, limit, f"{pool}-{len(self.processes)}")
+        name = f"{pool}-{len(self.processes)}"
+        process = start_worker(pool, self.folder, environment, limit, name, [queue] if queue else [])
         self.processes[process.name] = process
         return process
 

@@ -1,8 +1,9 @@
 """A year of nights in minutes: two models, one server, its own scheduler; rows come and stay away, things break.
 
 Nobody starts a run here. Schedules fire every NIGHT_SECONDS; the server plans a few nights ahead only, as it does with
-real ones. What happens meanwhile: new rows, nights without any, rows taken out, a source that is gone, a killed
-server, a killed worker, nights that start late, a rollback. Afterwards the ledger of nights balances, night by night.
+real ones. Each model has a work queue and a worker that takes one run at a time, so a night that is due waits for it.
+What happens: new rows, nights without any, rows taken out, a source that is gone, a killed server, killed workers,
+nights that start late, a rollback. Afterwards the ledger of nights balances, night by night.
 """
 
 import os
@@ -23,13 +24,13 @@ from cli.servers import start_prefect, wait_for
 from tests.services.long_training import TRAINING, processes, wait_gone
 from tests.services.stack import RECIPE, RUN_SECONDS, Stack, wait_until, write_project, write_rows
 
-NIGHTS = 26
-"""Of each model: 52 in all."""
+DATES, LEAST_NIGHTS = 32, 26
+"""Dates of each model's schedule, and how many of them must be left once the deployments are registered."""
 NIGHT_SECONDS = 10
 AHEAD = 8
 """Nights that the scheduler plans ahead; of a real nightly schedule it is three."""
-FIRST_NIGHT_SECONDS = 90
-"""From writing prefect.yaml to the first night: the deployments must be registered by then."""
+FIRST_NIGHT_SECONDS = 20
+"""From writing prefect.yaml to the schedule's first date."""
 RESTART_SECONDS = 10
 """From a crash to the next try, 120 s by default."""
 YEAR_SECONDS = 1400.0
@@ -40,7 +41,6 @@ SERVER = {
     "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "2",
     "PREFECT_SERVER_SERVICES_SCHEDULER_MIN_RUNS": str(AHEAD),
     "PREFECT_SERVER_SERVICES_SCHEDULER_MIN_SCHEDULED_TIME": "PT1S",
-    "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "5",
 }
 
 
@@ -75,12 +75,13 @@ class Year:
     def __init__(self, stack: Stack) -> None:
         self.stack = stack
         self.models = {name: Learned(name) for name in MODELS}
-        self.began = datetime.now(UTC)
+        self.dates: list[datetime] = []
 
     def deploy(self) -> None:
         """One deployment a model, its schedule on; `sft deploy` is the last thing that a person does."""
-        self.began = (datetime.now(UTC) + timedelta(seconds=FIRST_NIGHT_SECONDS)).replace(microsecond=0)
-        rule = f"DTSTART:{self.began:%Y%m%dT%H%M%S}\\nRRULE:FREQ=SECONDLY;INTERVAL={NIGHT_SECONDS};COUNT={NIGHTS}"
+        first = (datetime.now(UTC) + timedelta(seconds=FIRST_NIGHT_SECONDS)).replace(microsecond=0)
+        self.dates = [first + timedelta(seconds=NIGHT_SECONDS * number) for number in range(DATES)]
+        rule = f"DTSTART:{first:%Y%m%dT%H%M%S}\\nRRULE:FREQ=SECONDLY;INTERVAL={NIGHT_SECONDS};COUNT={DATES}"
         text = "name: year\npull:\n  - prefect.deployments.steps.set_working_directory:\n"
         text += '      directory: "{{ $SFT_PROJECT_DIR }}"\ndeployments:\n'
         for name in MODELS:
@@ -91,7 +92,7 @@ class Year:
     parameters: {{recipe: {name}.yaml}}
     schedules: [{{slug: nightly, rrule: "{rule}", timezone: UTC, active: true}}]
     concurrency_limit: {{limit: 1, collision_strategy: ENQUEUE, grace_period_seconds: 600}}
-    work_pool: {{name: cpu}}
+    work_pool: {{name: cpu, work_queue_name: {name}}}
 """
         (self.stack.folder / "prefect.yaml").write_text(text)
         self.stack.sft("deploy", "--wait", "20")
@@ -109,12 +110,22 @@ class Year:
 
             def look(name: str = name) -> bool:
                 nights = [night for night in self.nights(name) if night["start_time"]]
-                left = [night for night in self.nights(name) if night["state_type"] not in FINAL]
                 found = any(datetime.fromisoformat(night["start_time"]) > now and ended(night) for night in nights)
-                assert found or left or len(nights) < NIGHTS, f"{name}: the nights are over, none {what}"
+                assert found or not self.over(name), f"{name}: the nights are over, none {what}"
                 return found
 
             wait_until(look, RUN_SECONDS)
+
+    def due(self, name: str) -> list[datetime]:
+        """The schedule's dates from the first one on that was planned: those before it had passed at registering."""
+        first = datetime.fromisoformat(self.nights(name)[0]["expected_start_time"])
+        return [date for date in self.dates if date >= first]
+
+    def over(self, name: str) -> bool:
+        """Whether the last night has been planned, and all have ended."""
+        nights = self.nights(name)
+        planned = datetime.fromisoformat(nights[-1]["expected_start_time"]) == self.dates[-1]
+        return planned and all(night["state_type"] in FINAL for night in nights)
 
     def learn(self, rows: int, steps: int) -> None:
         """New rows or a better recipe; returns when each model has a version of it."""
@@ -136,11 +147,12 @@ def year(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator
     stack = Stack(write_project(tmp_path_factory.mktemp("year"), tiny_model), **SERVER)
     try:
         stack.start()
-        stack.worker("cpu")
+        stack.prefect("work-pool", "create", "cpu", "--type", "process")
         year = Year(stack)
         for model in year.models.values():
             model.give(stack.folder, 60, 3)
         year.deploy()
+        start_workers(stack)
         register_quick_restarts(stack)
         live(year)
         yield year
@@ -168,37 +180,35 @@ def live(year: Year) -> None:
     wait_for(stack.processes["prefect"], f"{stack.prefect_url}/api/health")
     year.wait_for_night(completed, "completed after the server's restart")
 
-    kill_worker_in_training(year, rows=76, steps=60)
+    kill_workers_in_training(year, rows=76, steps=60)
     for model in year.models.values():
         model.give(stack.folder, model.rows - 2, model.steps)  # rows were taken out: nothing new to learn
     year.wait_for_night(skipped, "skipped")
 
     stack.sft("models", "rollback", "orders", "--reason", "it forgot French")
-    wait_until(
-        lambda: all(night["state_type"] in FINAL for name in MODELS for night in ended(year, name)), YEAR_SECONDS
-    )
+    wait_until(lambda: all(year.over(name) for name in MODELS), YEAR_SECONDS)
 
 
-def kill_worker_in_training(year: Year, rows: int, steps: int) -> None:
-    """SIGKILL to the worker while a training is at work; another one comes when nights are late."""
+def start_workers(stack: Stack) -> None:
+    """One a model, as a machine with one GPU has it."""
+    for name in MODELS:
+        stack.worker("cpu", 1, queue=name)
+
+
+def kill_workers_in_training(year: Year, rows: int, steps: int) -> None:
+    """SIGKILL to the workers while a training is at work; others come when nights are late."""
     stack = year.stack
     for model in year.models.values():
         model.give(stack.folder, rows, steps)
         model.given.append((rows, steps))
     wait_until(lambda: processes(stack, TRAINING), RUN_SECONDS, 0.1)
-    (name,) = [name for name in stack.processes if name.startswith("cpu")]
-    os.kill(stack.processes.pop(name).popen.pid, signal.SIGKILL)
+    for name in [name for name in stack.processes if name.startswith("cpu")]:
+        os.kill(stack.processes.pop(name).popen.pid, signal.SIGKILL)
     wait_gone(stack, TRAINING)
     wait_until(lambda: all(any(n["state_name"] == "Late" for n in year.nights(m)) for m in MODELS), RUN_SECONDS)
-    stack.worker("cpu")
+    start_workers(stack)
     for name, model in year.models.items():
         wait_until(lambda name=name, model=model: len(year.versions(name)) == len(model.given), RUN_SECONDS)
-
-
-def ended(year: Year, name: str) -> list[dict[str, Any]]:
-    """A model's nights, all of which the scheduler must have made by now; else one that has not ended."""
-    nights = year.nights(name)
-    return nights if len(nights) == NIGHTS else [{"state_type": "SCHEDULED"}]
 
 
 def register_quick_restarts(stack: Stack) -> None:
@@ -226,12 +236,13 @@ def skipped(night: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_night_that_was_due_ran_once_and_ended(year: Year, name: str) -> None:
     nights = year.nights(name)
-    due = [year.began + timedelta(seconds=NIGHT_SECONDS * number) for number in range(NIGHTS)]
+    due = year.due(name)
+    assert len(due) >= LEAST_NIGHTS
     assert [datetime.fromisoformat(night["expected_start_time"]) for night in nights] == due
     assert {night["created_by"]["type"] for night in nights} == {"SCHEDULE"}
     states = Counter(night["state_name"] for night in nights)
     print(name, dict(states))
-    assert states["Completed"] + states["Skipped"] + states["Failed"] == NIGHTS, states
+    assert states["Completed"] + states["Skipped"] + states["Failed"] == len(due), states
     assert min(states["Completed"], states["Skipped"], states["Failed"]) > 0, states
     for night in nights:
         if failed(night):
@@ -277,7 +288,7 @@ def test_nothing_was_left_over_and_nothing_grew_that_should_not(year: Year) -> N
         query = "select flow.name, count(*) from flow_run join flow on flow.id = flow_run.flow_id group by flow.name"
         runs = dict(database.execute(query).fetchall())
     print(dict(states), runs, f"restarted {restarted}")
-    assert runs["retrain"] == len(MODELS) * NIGHTS
+    assert runs["retrain"] == sum(states.values())
     assert 1 <= restarted <= len(MODELS)
     assert 0 <= runs["prepare"] - states["Completed"] - states["Skipped"] <= restarted
     assert 0 <= runs["train"] - states["Completed"] <= restarted
