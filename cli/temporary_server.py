@@ -103,6 +103,7 @@ def start_temporary_server() -> Callable[[], None]:
     settings = get_current_settings()
     if settings.api.url or not settings.server.ephemeral.enabled:
         return lambda: None
+    settings.home.mkdir(parents=True, exist_ok=True)  # Prefect's server makes the folder, not its parents
     server = TemporaryServer(settings.server.ephemeral.startup_timeout_seconds)
     atexit.register(server.stop)  # Prefect's threads have sent what they have by then (threading._register_atexit)
     before = dict(os.environ)
