@@ -36,9 +36,9 @@ def test_an_entrypoint_that_is_hidden_is_an_error_that_names_both_files(project:
     with pytest.raises(ServerError) as raised:
         load(project, own)
     first, *rest = str(raised.value).splitlines()
-    assert first == (
-        f"a run in {project} could not load its flow: flows.retrain.retrain: ModuleNotFoundError: No module named "
-        "'flows.retrain'"
+    # An editable install finds our `flows.retrain` in the user's `flows`, and fails at the first import of `tasks`.
+    assert first.startswith(
+        f"a run in {project} could not load its flow: flows.retrain.retrain: ModuleNotFoundError: No module named '"
     )
     assert rest[0].startswith(
         f"flows is two files: {project / 'flows' / '__init__.py'} (yours) and {ROOT / 'flows' / '__init__.py'} (of"
