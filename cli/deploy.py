@@ -6,7 +6,6 @@ In: PREFECT_API_URL, `prefect.yaml`. Out: exit status 0 once each active schedul
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,9 +16,6 @@ from cli.servers import ServerError
 
 if TYPE_CHECKING:
     from tasks.upcoming import NextRun
-
-SCHEDULE_LOOK_SECONDS = 60.0
-"""Between two looks at the schedules of a server that runs. One without a run in two of them in a row is reported."""
 
 
 def deploy(
@@ -63,34 +59,6 @@ def scheduled_runs(seconds: float, where: str) -> "list[NextRun]":
             "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED not false"
         )
     return found
-
-
-class ScheduleWatch:
-    """Looks every SCHEDULE_LOOK_SECONDS which active schedules have lost their next run."""
-
-    def __init__(self) -> None:
-        self._looked = time.monotonic()
-        self._missing: set[tuple[str, str]] = set()
-        self._reported: set[tuple[str, str]] = set()
-
-    def look(self) -> "list[NextRun]":
-        """Schedules without a run at two looks in a row, each reported once until it has one again."""
-        if time.monotonic() - self._looked < SCHEDULE_LOOK_SECONDS:
-            return []
-        import httpx
-        from prefect.exceptions import PrefectHTTPStatusError
-
-        from tasks.upcoming import read_next_runs
-
-        self._looked = time.monotonic()
-        try:
-            missing = {(run.deployment, run.schedule): run for run in read_next_runs() if run.missing}
-        except (httpx.HTTPError, PrefectHTTPStatusError, OSError):  # busy; a server that has ended is noticed elsewhere
-            return []
-        found = (self._missing & missing.keys()) - self._reported
-        self._missing = set(missing)
-        self._reported = (self._reported | found) & missing.keys()
-        return [missing[key] for key in sorted(found)]
 
 
 def _require_pools(file: Path) -> None:

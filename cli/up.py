@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.deploy import ScheduleWatch, scheduled_runs
+from cli.deploy import scheduled_runs
 from cli.loading import finish_loading, start_loading
 from cli.local_stack import (
     FORM,
@@ -31,6 +31,7 @@ from cli.local_stack import (
     resume_pools,
     start_deploy,
 )
+from cli.server_watch import ServerWatch
 from cli.servers import (
     HOST,
     LOOK_SECONDS,
@@ -146,12 +147,10 @@ Ctrl-C stops everything.""",
 
 def _watch(stack: Stack) -> None:
     """Until Ctrl-C, or until a process of the stack ends. Says when Prefect's server does not do its own work."""
-    log, schedules = stack.server_log, ScheduleWatch()
+    watch = ServerWatch(stack.server_log)
     while True:
-        for error in log.look():
-            _warn(f"Prefect's server reports an error of its service {error.service}: {error.text} ({log.file})")
-        for run in schedules.look():
-            _warn(f"{run.words}: the schedule is on and will not fire; see {log.file}")
+        for words in watch.look():
+            print(f"warning: {words}", file=sys.stderr, flush=True)
         for process in stack.servers + stack.workers:
             if not process.running:
                 raise ServerError(
@@ -159,10 +158,6 @@ def _watch(stack: Stack) -> None:
                     f"The end of {process.log}:\n{last_lines(process.log)}"
                 )
         time.sleep(LOOK_SECONDS)
-
-
-def _warn(words: str) -> None:
-    print(f"warning: {words}", file=sys.stderr, flush=True)
 
 
 def _stop(stack: Stack, drain: float) -> None:

@@ -6,13 +6,22 @@ the tag `sft`.
 Source: docs.prefect.io, "How to detect and respond to zombie flows".
 """
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
 from prefect.automations import AutomationCore, EventTrigger, Posture
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterDeploymentId,
+    FlowRunFilterState,
+    FlowRunFilterStateName,
+    FlowRunFilterTags,
+)
+from prefect.client.schemas.objects import State, StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.settings.context import get_current_settings
 
@@ -66,6 +75,30 @@ def starts_again(run_id: UUID) -> bool:
         return False
     counts = known[0].trigger.model_dump()["match"]["prefect.run-count"]
     return run.state is None or not run.state.is_crashed() or str(run.run_count) in counts
+
+
+def restart_forgotten(since: datetime, seconds: float = RESTART_SECONDS + 60) -> list[str]:
+    """Start crashed retrainings again that the automations forgot; their names.
+
+    A server on SQLite loses events while it is busy ("database is locked" in its log), and with them a restart. Looked
+    at are runs that crashed after `since` and more than `seconds` ago, by the clock of this machine, which must be the
+    server's.
+    """
+    wanted = FlowRunFilter(
+        tags=FlowRunFilterTags(all_=[TAG]),
+        state=FlowRunFilterState(name=FlowRunFilterStateName(any_=["Crashed", AWAITING_RESTART])),
+        deployment_id=FlowRunFilterDeploymentId(is_null_=False),
+    )
+    latest = datetime.now(UTC) - timedelta(seconds=seconds)
+    started = []
+    with get_client(sync_client=True) as client:
+        flows = FlowFilter(name=FlowFilterName(any_=["retrain"]))
+        for run in client.read_flow_runs(flow_filter=flows, flow_run_filter=wanted):
+            if run.state is not None and 1 <= run.run_count <= RESTARTS and since < run.state.timestamp < latest:
+                again = State(type=StateType.SCHEDULED, name="AwaitingRetry", message="Crashed; started again.")
+                client.set_flow_run_state(run.id, again, force=True)
+                started.append(run.name)
+    return started
 
 
 def heartbeat_frequency() -> int:

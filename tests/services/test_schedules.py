@@ -5,7 +5,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from tasks.automations import restart_forgotten
 from tests.services.left_alone import (
     EVERY_MINUTE,
     active_cron,
@@ -78,3 +80,23 @@ def test_work_pools_that_are_not_there_are_named_before_anything_is_registered(s
     with pytest.raises(AssertionError, match="status 1") as refused:
         stack.sft("deploy", "--prefect-file", str(file))
     assert "make them first: prefect work-pool create a100 --type process" in str(refused.value)
+
+
+def test_a_crashed_retraining_that_the_automations_forgot_is_started_again(stack: Stack) -> None:
+    """As after an event that the server lost: the run is Crashed, and nothing happens to it."""
+    for automation in stack.api("POST", "/automations/filter", {}):
+        stack.api("PATCH", f"/automations/{automation['id']}", {"enabled": False})
+    began = datetime.now(UTC)
+    run = stack.run_deployment("retrain/on-demand", {"recipe": "no-such-recipe.yaml"})
+    never_started = stack.run_deployment("retrain/on-demand", {"recipe": "no-such-recipe.yaml"})
+    for number, states in ((run, ("RUNNING", "CRASHED")), (never_started, ("CRASHED",))):
+        for state in states:
+            stack.api("POST", f"/flow_runs/{number}/set_state", {"state": {"type": state}, "force": True})
+    with temporary_settings({PREFECT_API_URL: f"{stack.prefect_url}/api"}):
+        assert restart_forgotten(datetime.now(UTC), seconds=0) == []
+        assert restart_forgotten(began) == []  # the automations still have time
+        assert restart_forgotten(began, seconds=0) == [stack.flow_run(run)["name"]]
+    states = [state["name"] for state in stack.api("GET", f"/flow_run_states/?flow_run_id={run}")]
+    assert states.count("AwaitingRetry") == 1
+    assert stack.flow_run(never_started)["state_name"] == "Crashed"
+    assert "no-such-recipe.yaml" in stack.wait_final(run)["state"]["message"]

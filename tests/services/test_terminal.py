@@ -72,7 +72,7 @@ def assert_ended_in_order(command: Terminal, status: int) -> str:
         (r"step 2\d/", rf"stopped at optimizer step \d+ of {STEPS}, saved; the same command goes on"),
         (" convert: ", "stopped before (merge|evaluate/tuned) was done; fetch/0, normalize, pack, train, .*"),
         (" merge: ", "stopped before (evaluate/tuned|evaluate/base) was done; .*"),
-        ("Created version", "stopped before register was done; every step before it .*|stopped"),
+        (" evaluate/base: ", "stopped before register was done; every step before it .*|stopped"),
     ],
     ids=["planning", "starting", "prepare", "train", "merge", "evaluate", "register"],
 )
