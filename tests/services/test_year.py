@@ -4,6 +4,10 @@ Nobody starts a run here. Schedules fire every NIGHT_SECONDS; the server plans a
 real ones. Each model has a work queue and a worker that takes one run at a time, so a night that is due waits for it.
 What happens: new rows, nights without any, rows taken out, a source that is gone, a killed server, killed workers,
 nights that start late, a rollback. Afterwards the ledger of nights balances, night by night.
+
+A night whose worker was killed stays Crashed here, and the next night does its work. Elsewhere it is started again
+(test_kills.py): Prefect holds an event back for up to 15 minutes where the run's state of before is younger than five
+minutes and came without an event, as it does for runs that were planned minutes ahead and not days.
 """
 
 import os
@@ -24,15 +28,13 @@ from tests.services.long_training import TRAINING, processes, wait_gone
 from tests.services.postgres import Postgres, postgres
 from tests.services.stack import RECIPE, RUN_SECONDS, Stack, wait_until, write_project, write_rows
 
-DATES, LEAST_NIGHTS = 32, 26
+DATES, LEAST_NIGHTS = 30, 26
 """Dates of each model's schedule, and how many of them must be left once the deployments are registered."""
 NIGHT_SECONDS = 10
 AHEAD = 8
 """Nights that the scheduler plans ahead; of a real nightly schedule it is three."""
 FIRST_NIGHT_SECONDS = 20
 """From writing prefect.yaml to the schedule's first date."""
-RESTART_SECONDS = 10
-"""From a crash to the next try, 120 s by default."""
 YEAR_SECONDS = 1400.0
 """Bound on all nights; 400 s on two idle cores."""
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
@@ -64,6 +66,7 @@ class Learned:
         self.rows, self.steps = rows, steps
         text = RECIPE.replace("name: orders", f"name: {self.name}").replace("rows.jsonl", self.source)
         text = text.replace("max_steps: 3", f"max_steps: {steps}") + "schedule: {min_new_rows: 1}\n"
+        text += f"seed: {MODELS.index(self.name)}\n"  # no two of the trainings are the same
         write_rows(folder / self.source, rows)
         (folder / "recipe.new").write_text(text)
         (folder / "recipe.new").rename(folder / f"{self.name}.yaml")
@@ -163,7 +166,6 @@ def year(database: Postgres, tmp_path_factory: pytest.TempPathFactory, tiny_mode
             model.give(stack.folder, 60, 3)
         year.deploy()
         start_workers(stack)
-        register_quick_restarts(stack)
         live(year)
         yield year
     finally:
@@ -221,16 +223,6 @@ def kill_workers_in_training(year: Year, rows: int, steps: int) -> None:
         wait_until(lambda name=name, model=model: len(year.versions(name)) == len(model.given), RUN_SECONDS)
 
 
-def register_quick_restarts(stack: Stack) -> None:
-    """The automations of `sft deploy`, but quicker to start a crashed retraining again."""
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    from tasks.automations import register_automations
-
-    with temporary_settings({PREFECT_API_URL: f"{stack.prefect_url}/api"}):
-        register_automations(180, restart_seconds=RESTART_SECONDS)
-
-
 def completed(night: dict[str, Any]) -> bool:
     return bool(night["state_name"] == "Completed")
 
@@ -252,7 +244,8 @@ def test_every_night_that_was_due_ran_once_and_ended(year: Year, name: str) -> N
     assert {night["created_by"]["type"] for night in nights} == {"SCHEDULE"}
     states = Counter(night["state_name"] for night in nights)
     print(name, dict(states))
-    assert states["Completed"] + states["Skipped"] + states["Failed"] == len(due), states
+    assert states["Completed"] + states["Skipped"] + states["Failed"] + states["Crashed"] == len(due), states
+    assert states["Crashed"] <= 1, "one worker of each model was killed, once"
     assert min(states["Completed"], states["Skipped"], states["Failed"]) > 0, states
     for night in nights:
         if failed(night):
@@ -290,18 +283,18 @@ def test_the_champions_history_is_what_the_verdicts_and_the_rollback_say(year: Y
 
 
 def test_nothing_was_left_over_and_nothing_grew_that_should_not(year: Year, database: Postgres) -> None:
-    """Flow runs: what each kind of night needs, and the attempts that the killed worker cost. MLflow: one ended run a
+    """Flow runs: what each kind of night needs, and what the killed workers' nights had begun. MLflow: one ended run a
     retraining and part. The store: whole artifacts only."""
     states = Counter(night["state_name"] for name in MODELS for night in year.nights(name))
-    restarted = sum(night["run_count"] - 1 for name in MODELS for night in year.nights(name))
     query = "select flow.name, count(*) from flow_run join flow on flow.id = flow_run.flow_id group by flow.name"
     runs = {name: int(count) for name, _, count in (row.partition("|") for row in database.ask("prefect", query))}
-    print(dict(states), runs, f"restarted {restarted}")
+    print(dict(states), runs)
     assert runs["retrain"] == sum(states.values())
-    assert 1 <= restarted <= len(MODELS)
-    assert 0 <= runs["prepare"] - states["Completed"] - states["Skipped"] <= restarted
-    assert 0 <= runs["train"] - states["Completed"] <= restarted
-    assert runs["publish"] == states["Completed"]
+    crashed = states["Crashed"]
+    assert crashed >= 1
+    assert 0 <= runs["prepare"] - states["Completed"] - states["Skipped"] <= crashed
+    assert 0 <= runs["train"] - states["Completed"] <= crashed
+    assert 0 <= runs["publish"] - states["Completed"] <= crashed
     client = MlflowClient(year.stack.mlflow_url)
     for name, model in year.models.items():
         found = client.search_runs([client.get_experiment_by_name(name).experiment_id])
@@ -313,5 +306,5 @@ def test_nothing_was_left_over_and_nothing_grew_that_should_not(year: Year, data
             ("train", "FINISHED"): plans,
             ("publish", "FINISHED"): plans,
         }
-    leases = [path for path in (year.stack.folder / "store").rglob("*") if "tmp" in path.name or "lease" in path.name]
-    assert leases == []
+    assert list((year.stack.folder / "store" / ".staging").glob("*")) == []
+    year.stack.sft("store", "verify", "store")  # every file of every artifact, by its hash
