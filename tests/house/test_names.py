@@ -25,11 +25,11 @@ def test_a_step_has_the_same_name_in_the_core_the_tasks_and_the_recipe() -> None
             assert step in sections
 
 
-def test_no_file_is_over_250_lines_and_no_function_over_60() -> None:
+def test_no_file_is_over_400_lines_and_no_function_over_60() -> None:
     assert len(SOURCES) > 60
     for path in SOURCES:
         text = path.read_text("utf-8")
-        assert text.count("\n") <= 250, path
+        assert text.count("\n") <= 400, path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert (node.end_lineno or 0) - node.lineno < 60, f"{path}: {node.name}"
