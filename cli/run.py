@@ -50,11 +50,10 @@ def run(
     """
     from rich.console import Console
 
-    from cli.stopped import reached_in, telling
-    from cli.summary import Ended, print_summary
+    from cli.stopped import telling
+    from cli.summary import print_summary
     from demo.provide import provide_base_model
     from sft_core.errors import RecipeError
-    from sft_core.plan import plan_recipe
     from sft_core.recipe import parse_settings, resolve
 
     if (rehearse_rows or keep) and not rehearse:
@@ -72,15 +71,7 @@ def run(
     for key in ("datasets", "eval_datasets"):
         if key in overrides:
             raise RecipeError(f"--set {key}: the data sets of a run are its recipe's; edit a copy (sft recipes copy)")
-    print(f"planning {resolved.name}: hashing the sources and the base model", file=sys.stderr, flush=True)
-    with telling(lambda: "while planning; nothing was begun"):
-        plan = plan_recipe(resolved)
-    with telling(lambda: reached_in(resolved, plan)):
-        ended = Ended(_registered_already(resolved, plan))
-        if ended.registered is None:
-            ended = _run_flow(recipe, overrides)
-            if ended == Ended(None):  # a deployment registered it
-                ended = Ended(_registered_already(resolved, plan))
+    plan, ended = _retrain(recipe, resolved, overrides)
     print_summary(Console(), resolved, plan, ended, time.monotonic() - clock)
 
 
@@ -135,6 +126,24 @@ def explain(recipe: RecipeArgument, set_: SetOption = None) -> None:
         verdict = "[green]reused[/]" if entry.reused else "[yellow]rebuilt[/]"
         table.add_row(entry.key, entry.fingerprint[:12], verdict, entry.why)
     Console().print(table)
+
+
+def _retrain(recipe: str, resolved: Any, overrides: dict[str, Any]) -> "tuple[Any, Ended]":
+    """The plan, and how its run ended. `overrides` are used up."""
+    from cli.stopped import reached_in, telling
+    from cli.summary import Ended
+    from sft_core.plan import plan_recipe
+
+    print(f"planning {resolved.name}: hashing the sources and the base model", file=sys.stderr, flush=True)
+    with telling(lambda: "while planning; nothing was begun"):
+        plan = plan_recipe(resolved)
+    with telling(lambda: reached_in(resolved, plan)):
+        ended = Ended(_registered_already(resolved, plan))
+        if ended.registered is None:
+            ended = _run_flow(recipe, overrides)
+            if ended == Ended(None):  # a deployment registered it
+                ended = Ended(_registered_already(resolved, plan))
+    return plan, ended
 
 
 def _registered_already(recipe: Any, plan: Any) -> dict[str, Any] | None:
