@@ -39,6 +39,7 @@ YEAR_SECONDS = 1400.0
 """Bound on all nights; 400 s on two idle cores."""
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 MODELS = ("orders", "returns")
+ROLLED_BACK = "orders"
 SERVER = {
     "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "2",
     "PREFECT_SERVER_SERVICES_SCHEDULER_MIN_RUNS": str(AHEAD),
@@ -119,6 +120,11 @@ class Year:
 
             wait_until(look, RUN_SECONDS)
 
+    def learned(self, name: str) -> int:
+        """Versions that a model must have. After the rollback of `orders` the champion knows fewer rows than there are:
+        what was skipped before is trained."""
+        return len(self.models[name].given) + (name == ROLLED_BACK)
+
     def due(self, name: str) -> list[datetime]:
         """The schedule's dates from the first one on that was planned: those before it had passed at registering."""
         first = datetime.fromisoformat(self.nights(name)[0]["expected_start_time"])
@@ -197,7 +203,7 @@ def live(year: Year) -> None:
         model.give(stack.folder, model.rows - 2, model.steps)  # rows were taken out: nothing new to learn
     year.wait_for_night(skipped, "skipped")
 
-    stack.sft("models", "rollback", "orders", "--reason", "it forgot French")
+    stack.sft("models", "rollback", ROLLED_BACK, "--reason", "it forgot French")
     wait_until(lambda: all(year.over(name) for name in MODELS), YEAR_SECONDS)
 
 
@@ -255,11 +261,11 @@ def test_every_night_that_was_due_ran_once_and_ended(year: Year, name: str) -> N
 @pytest.mark.parametrize("name", MODELS)
 def test_each_thing_to_learn_became_one_version(year: Year, name: str) -> None:
     versions = year.versions(name)
-    assert [entry.version for entry in versions] == [str(n + 1) for n in range(len(year.models[name].given))]
+    assert [int(entry.version) for entry in versions] == list(range(1, year.learned(name) + 1))
     assert len({entry.tags["sft.merged_fingerprint"] for entry in versions}) == len(versions)
     for step in ("train", "convert", "merge"):
         made = [path.parent.name for path in (year.stack.folder / "store" / step).glob("*/manifest.json")]
-        assert len(made) == len(set(made)) == len(MODELS) * len(versions), step
+        assert len(made) == len(set(made)) == sum(map(year.learned, MODELS)), step
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -270,16 +276,17 @@ def test_the_champions_history_is_what_the_verdicts_and_the_rollback_say(year: Y
         assert entry.tags["sft.judged_against"] == champion
         if entry.tags["sft.promote"] == "true":
             expected.append(f"{champion} -> {entry.version}")
-            champion = entry.version
+            champion = str(entry.version)
+        if name == ROLLED_BACK and int(entry.version) == len(year.models[name].given):
+            assert expected[-1].endswith(f"-> {champion}")
+            before = expected[-1].partition(" ->")[0]
+            expected.append(f"rolled back from {champion} to {before}")
+            champion = before
     assert len(expected) >= 3, expected
-    if name == "orders":
-        before = expected[-1].partition(" ->")[0]
-        expected.append(f"rolled back from {champion} to {before}")
-        champion = before
     model = client.get_registered_model(name)
     history = [words for key, words in sorted(model.tags.items()) if key.startswith("sft.history.")]
     assert [words.partition(":")[0].partition(" by ")[0] for words in history] == expected
-    assert model.aliases["champion"] == champion
+    assert str(model.aliases["champion"]) == champion
 
 
 def test_nothing_was_left_over_and_nothing_grew_that_should_not(year: Year, database: Postgres) -> None:
@@ -296,15 +303,16 @@ def test_nothing_was_left_over_and_nothing_grew_that_should_not(year: Year, data
     assert 0 <= runs["train"] - states["Completed"] <= crashed
     assert 0 <= runs["publish"] - states["Completed"] <= crashed
     client = MlflowClient(year.stack.mlflow_url)
-    for name, model in year.models.items():
+    for name in MODELS:
         found = client.search_runs([client.get_experiment_by_name(name).experiment_id])
         parts = Counter((run.data.tags["sft.part"], run.info.status) for run in found)
-        plans = len(model.given)
+        trained = year.learned(name)
+        prepared = len(year.models[name].given) + 1  # and the one that was skipped
         assert parts == {
-            ("retraining", "FINISHED"): plans + 1,  # and the skipped one
-            ("prepare", "FINISHED"): plans + 1,
-            ("train", "FINISHED"): plans,
-            ("publish", "FINISHED"): plans,
+            ("retraining", "FINISHED"): prepared,
+            ("prepare", "FINISHED"): prepared,
+            ("train", "FINISHED"): trained,
+            ("publish", "FINISHED"): trained,
         }
     assert list((year.stack.folder / "store" / ".staging").glob("*")) == []
     year.stack.sft("store", "verify", "store")  # every file of every artifact, by its hash
