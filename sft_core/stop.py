@@ -38,7 +38,7 @@ class Stopped(KeyboardInterrupt):
 
 class _Listener:
     """Reads signals from its own thread. `limit`: seconds that a stop may take before the process is ended as it is;
-    None where somebody else sees to that. `on_stop` is called from that thread, at once, with the signal."""
+    None where somebody else sees to that. `on_stop` is called at once with the signal, by the thread that reads it."""
 
     def __init__(self, limit: float | None, on_stop: Callable[[int], None]) -> None:
         self.asked: int | None = None
@@ -127,7 +127,7 @@ _listener: _Listener | None = None
 def listen(limit: float, on_stop: Callable[[int], None]) -> None:
     """For a command: from now on the three signals stop it. `Stopped` is raised; after `limit` seconds (`allowing`
     gives more), or at a second Ctrl-C, the process ends as it is. Signals that are ignored from the start (nohup, a
-    script's `&`) stay so. `on_stop` hears of the signal at once, in another thread."""
+    script's `&`) stay so. `on_stop` hears of the signal before it is raised."""
     global _listener
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -252,6 +252,8 @@ def status(number: int) -> int:
 
 
 def _raise(number: int, frame: Any) -> None:
+    if _listener is not None:
+        _listener.read_waiting()  # `on_stop` has been called before anybody logs the exception
     if not _unwinding():
         raise Stopped(number)
 
