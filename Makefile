@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo demo-real test test-services test-real check clean
+.PHONY: help demo demo-real test test-services test-year test-real check clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
 
@@ -24,7 +24,10 @@ test: $(READY)  ## all tests that need no server of their own
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/services --ignore tests/real
 
 test-services: $(READY)  ## real servers: Prefect, MLflow, PostgreSQL, S3, a browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/services
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/services --ignore tests/services/test_year.py
+
+test-year: $(READY)  ## a year of nights in minutes, on real servers and PostgreSQL
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s tests/services/test_year.py
 
 test-real: $(READY)  ## the whole DAG and its consumers on that real model
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest -q tests/real
