@@ -3,6 +3,7 @@
 In: the server's log, and the server. Out: warnings for the terminal, each said once.
 """
 
+import contextlib
 import time
 from datetime import UTC, datetime
 
@@ -26,23 +27,23 @@ class ServerWatch:
 
     def look(self) -> list[str]:
         """What is new since the last look. Restarts are done, and said."""
-        errors = [
+        found = [
             f"Prefect's server reports an error of its service {error.service}: {error.text} ({self._log.file})"
             for error in self._log.look()
         ]
         if time.monotonic() - self._looked < LOOK_SECONDS:
-            return errors
+            return found
         import httpx
-        from prefect.exceptions import PrefectHTTPStatusError
+        from prefect.exceptions import PrefectException
 
         from tasks.automations import restart_forgotten
 
         self._looked = time.monotonic()
-        try:
-            restarted = [f"{name} had crashed and is started again" for name in restart_forgotten(self._began)]
-            return errors + restarted + self._lost_schedules()
-        except (httpx.HTTPError, PrefectHTTPStatusError, OSError):  # busy; a server that has ended is noticed elsewhere
-            return errors
+        # Busy, or something was deleted meanwhile: the next look. A server that has ended is noticed elsewhere.
+        with contextlib.suppress(httpx.HTTPError, PrefectException, OSError):
+            found += [f"{name} had crashed and is started again" for name in restart_forgotten(self._began)]
+            found += self._lost_schedules()
+        return found
 
     def _lost_schedules(self) -> list[str]:
         from tasks.upcoming import read_next_runs
