@@ -83,8 +83,7 @@ def test_ctrl_c_ends_every_part(project: Path, start: START, shown: str, last: s
     command.press(CTRL_C)
     assert re.fullmatch(last, assert_ended_in_order(command, 130))
     after = command.shown[at:].split("^C", 1)[-1]
-    assert [line for line in after.splitlines() if re.search("ERROR|Crash|Finished in state", line)] == []
-    assert len(after.splitlines()) < 10, after  # a line or two may be on their way while the key is pressed
+    assert [line for line in after.splitlines() if line and not line.startswith("stop")] == []
 
 
 def test_the_same_command_then_ends_as_an_undisturbed_one(
