@@ -124,6 +124,17 @@ class _Listener:
 _listener: _Listener | None = None
 
 
+def _after_fork() -> None:
+    """A forked process has this one's socket: a signal that ends it would be read here."""
+    global _listener
+    if _listener is not None:
+        signal.set_wakeup_fd(-1)
+        _listener = None
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def listen(limit: float, on_stop: Callable[[int], None]) -> None:
     """For a command: from now on the three signals stop it. `Stopped` is raised; after `limit` seconds (`allowing`
     gives more), or at a second Ctrl-C, the process ends as it is. Signals that are ignored from the start (nohup, a

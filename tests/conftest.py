@@ -1,6 +1,7 @@
 """A tiny random model with a byte tokenizer, and conversations for it: the smallest things that are real."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+from sft_core import stop
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums are taken in one order, whatever the number of cores
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what is tested is the way on a processor
@@ -68,6 +71,16 @@ def process_as_found() -> Iterator[None]:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+
+
+@pytest.fixture(autouse=True)
+def signals_as_found() -> Iterator[None]:
+    """A command that a test calls as a function goes on listening: the next test's SIGINT would be its own."""
+    handlers = {number: signal.getsignal(number) for number in stop.SIGNALS}
+    yield
+    stop.leave()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

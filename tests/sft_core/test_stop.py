@@ -206,6 +206,25 @@ def test_a_signal_that_is_handed_over_stops_nothing_here() -> None:
     assert done.stdout == "asked\nwent on\n1\nstopped\n"
 
 
+def test_a_stop_of_a_forked_process_is_none_of_ours() -> None:
+    """It has our handlers and our descriptors."""
+    done = run("""
+        stop.listen(50.0, lambda number: print("heard", number))
+        child = os.fork()
+        if not child:
+            try:
+                work()
+            except BaseException:
+                pass
+            os._exit(0)
+        time.sleep(0.5)
+        os.kill(child, signal.SIGTERM)
+        os.waitpid(child, 0)
+        work(2.5 * stop.AGAIN_SECONDS)
+    """)
+    assert done.stdout == "went on\n"
+
+
 def test_signals_that_are_ignored_stay_so() -> None:
     """nohup, and a script's background command."""
     done = run("""
