@@ -213,7 +213,7 @@ def client_forms(messages: list[Message]) -> Iterator[list[Message]]:
                     message.pop("reasoning_content", None)
             if "tool_calls" in message:
                 message["tool_calls"] = [with_arguments(call, arguments) for call in message["tool_calls"]]
-            if contents is list and message["content"]:
+            if contents is list and (message["content"] or "tool_calls" not in message):
                 message["content"] = [{"type": "text", "text": message["content"]}]
             if "tool_calls" in message and not message["content"]:
                 message["content"] = empty
