@@ -1,6 +1,7 @@
 """`sft data preview`: rows of a recipe as the model will see them.
 
-In: a recipe. Out: of the first rows of each data set, every token that training will read, the trained ones marked.
+In: a recipe. Out: of the first rows of each data set, every token that training will read, the trained ones marked; and
+the thoughts that the chat template leaves out.
 """
 
 import tempfile
@@ -24,7 +25,7 @@ Piece = tuple[str, bool]
 
 @dataclass(frozen=True, slots=True)
 class Previewed:
-    """One sequence of a row, or why the row makes none."""
+    """One sequence of a row, or why the row makes none; or a thought of it that is in no sequence."""
 
     heading: str
     pieces: tuple[Piece, ...]
@@ -36,6 +37,7 @@ def preview(recipe: RecipeArgument, rows: RowsOption = 3, set_: SetOption = None
     Fetches the recipe's data sets into a temporary folder, so the store is left alone, and renders the first training
     rows with the recipe's chat template. Without colours (a pipe, NO_COLOR) trained text stands in
     [[ ]]. A row that the template cannot render is shown with the reason, as is one longer than pack.max_length.
+    Thoughts that the template leaves out are shown behind their row.
 
     Example: sft data preview demo --rows 5
     """
@@ -136,7 +138,7 @@ def _training_rows(source: Any, recipe: Any) -> Iterator[dict[str, Any]]:
 
 
 def _sequences(row: dict[str, Any], tokenizer: Any, template: str, pack: Any) -> Iterator[Previewed]:
-    """The sequences of one row; one without text if the template refuses it."""
+    """The sequences of one row and the thoughts in none of them; one without text if the template refuses it."""
     from sft_core.errors import RowError
     from sft_core.pack.encoding import IGNORE_INDEX, encode_renderings
     from sft_core.pack.rendering import render_conversation, tools_of
@@ -147,13 +149,33 @@ def _sequences(row: dict[str, Any], tokenizer: Any, template: str, pack: Any) ->
     except RowError as error:
         yield Previewed(f"{heading}  set aside by pack: {error}", ())
         return
-    sequences = encode_renderings(renderings, tokenizer)
+    sequences, thoughts, seen = encode_renderings(renderings, tokenizer), _thoughts(row["messages"]), ""
     for number, sequence in enumerate(sequences, 1):
         trained = [label != IGNORE_INDEX for label in sequence.labels]
         which = f"  sequence {number} of {len(sequences)}" if len(sequences) > 1 else ""
-        counts = f"  {len(trained)} tokens, {sum(trained)} trained"
+        counts = f"  {len(trained)} tokens, {sum(trained)} trained{_counted(thoughts)}"
         long = f"  over pack.max_length {pack.max_length}: {pack.overlong}" if len(trained) > pack.max_length else ""
-        yield Previewed(heading + which + counts + long, _pieces(tokenizer, sequence.input_ids, trained))
+        pieces = _pieces(tokenizer, sequence.input_ids, trained)
+        seen += "".join(text for text, _ in pieces)
+        yield Previewed(heading + which + counts + long, pieces)
+    for place, thought in thoughts.items():
+        if _bare(thought) not in _bare(seen):
+            yield Previewed(f"the thought of messages[{place}] is in no text above", ((thought, False),))
+
+
+def _thoughts(messages: list[dict[str, Any]]) -> dict[int, str]:
+    """Thoughts by the place of their message, as a terminal may show them."""
+    thoughts = [message.get("reasoning_content") for message in messages]
+    return {place: thought.translate(PICTURES) for place, thought in enumerate(thoughts) if thought}
+
+
+def _counted(thoughts: dict[int, str]) -> str:
+    return f", {len(thoughts)} thought{'s'[: len(thoughts) > 1]}" if thoughts else ""
+
+
+def _bare(text: str) -> str:
+    """The text without white space, which templates and tokenizers change."""
+    return "".join(text.split())
 
 
 def _pieces(tokenizer: Any, ids: list[int], trained: list[bool]) -> tuple[Piece, ...]:

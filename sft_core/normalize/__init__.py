@@ -16,7 +16,9 @@ no_assistant_turn  messages, but none is the assistant's
 empty_answer       an answer is empty or blank, or the only request has none
 bad_turn_order     oasst1: turns do not alternate from Human on, or text stands before the first
 unknown_role       a role that the map_fn does not know (tool messages: `messages` and `sharegpt` keep them)
-content_part       a content is a list, and a part of it is no text
+content_part       a content is a list, and a part of it is no text; or beside it stand images, audio or a refusal
+two_thoughts       an assistant's message has two thoughts that differ, under two names
+bad_thought        a thought that is no text, under a name that is not read, or on another's message
 tool_calls         calls or tools that cannot be read, or a map_fn that has no place for them
 all_weights_zero   answers, but none is to be trained
 map_fn_error       a user's map_fn raised; the detail holds the exception

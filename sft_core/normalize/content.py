@@ -11,10 +11,11 @@ from typing import Any
 
 from sft_core.errors import RowError
 from sft_core.normalize.columns import short, text_in
+from sft_core.normalize.thoughts import is_thought
 
 
 def content_in(message: dict[str, Any], where: str, key: str = "content") -> str:
-    """A message's content; text parts are joined without a separator.
+    """A message's content; text parts are joined without a separator, thoughts left to `thought_in`.
 
     >>> content_in({"content": [{"type": "text", "text": "Hi, "}, {"type": "text", "text": "you."}]}, "messages[0]")
     'Hi, you.'
@@ -22,7 +23,8 @@ def content_in(message: dict[str, Any], where: str, key: str = "content") -> str
     parts = message.get(key)
     if not isinstance(parts, list):
         return text_in(message, key, where)
-    return "".join(_part(part, f"{where}.{key}[{place}]") for place, part in enumerate(parts))
+    spoken = [(place, part) for place, part in enumerate(parts) if not is_thought(part)]
+    return "".join(_part(part, f"{where}.{key}[{place}]") for place, part in spoken)
 
 
 def calls_text(value: object, where: str) -> str | None:

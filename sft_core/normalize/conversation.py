@@ -1,10 +1,11 @@
 """What a map_fn returns, turned into messages: the shape that the store holds and every later step reads.
 
-In: {"conversation": [{"system"?, "input"?, "output", "output_with_loss"?}, ...]}, {"messages": [...], "tools"?} or
-{"text": ...}. Out: [{"role", "content", "weight"}, ...]; weight is 1 (trained) or 0 on assistant messages, null on all
-others. Where there are such: `tool_calls` (JSON text, on assistant messages, whose content may then be empty),
-`tool_call_id` and `name`; and beside the messages `tools` (JSON text). Roles: system (developer), user, assistant, tool
-(function). Plain text is one message of the role `text`, weight 1. RowError for anything else.
+In: {"conversation": [{"system"?, "input"?, "output", "reasoning_content"?, "output_with_loss"?}, ...]},
+{"messages": [...], "tools"?} or {"text": ...}. Out: [{"role", "content", "weight"}, ...]; weight is 1 (trained) or 0 on
+assistant messages, null on all others. Where there are such: `tool_calls` (JSON text, on assistant messages, whose
+content may then be empty), `tool_call_id`, `name`, `reasoning_content` (an assistant's thought, see `thoughts`); and
+beside the messages `tools` (JSON text). Roles: system (developer), user, assistant, tool (function). Plain text is one
+message of the role `text`, weight 1. RowError for anything else.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from sft_core.errors import RowError
 from sft_core.fingerprint import canonical_json
 from sft_core.normalize.columns import answer_in, check_answer, messages_in, short
 from sft_core.normalize.content import calls_text, check_utf8, content_in, tools_text
+from sft_core.normalize.thoughts import thought_in
 
 TEXT_ROLE = "text"
 ROLES = {
@@ -38,6 +40,7 @@ class Message(TypedDict):
     tool_calls: NotRequired[str | None]
     name: NotRequired[str | None]
     tool_call_id: NotRequired[str | None]
+    reasoning_content: NotRequired[str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +87,17 @@ def to_messages(returned: object) -> list[Message]:
 
 
 def content_digest(messages: list[Message], tools: str | None = None) -> bytes:
-    """SHA-256 of roles, contents, tool calls and tools. Weights do not count: a text has one side, however trained."""
-    content: list[list[object]] = [[message["role"], message["content"], *_calls(message)] for message in messages]
-    whole = {"messages": content, "tools": tools} if tools else content  # without tools as ever: no row changes sides
+    """SHA-256 of roles, contents, thoughts, tool calls and tools. Weights do not count: a text has one side, however
+    trained."""
+    content: list[list[object]] = [[message["role"], message["content"], *_beside(message)] for message in messages]
+    whole = {"messages": content, "tools": tools} if tools else content  # without them as ever: no row changes sides
     return hashlib.sha256(canonical_json(whole).encode("utf-8")).digest()
 
 
-def _calls(message: Message) -> list[dict[str, str]]:
-    """What belongs to a message by tool calls; a speaker's name was never part of the digest."""
+def _beside(message: Message) -> list[dict[str, str]]:
+    """Thought and tool calls, where there are such; a speaker's name was never part of the digest."""
     found = {"tool_calls": message.get("tool_calls"), "tool_call_id": message.get("tool_call_id")}
+    found["reasoning_content"] = message.get("reasoning_content")
     found["name"] = message.get("name") if message["role"] == "tool" else None
     kept = {key: value for key, value in found.items() if value}
     return [kept] if kept else []
@@ -104,7 +109,8 @@ def _from_turns(turns: object) -> list[Message]:
     if not turns:
         raise RowError("no_turns", "the map_fn found no turn in the row")
     if turns[0].get("need_eos_token") is False and len(turns) == 1 and not turns[0].get("input"):
-        return [_message(TEXT_ROLE, _output(turns[0], "conversation[0]"), 1)]  # XTuner's pretrain
+        thought_in(turns[0], "conversation[0]", "output", by_assistant=False)  # XTuner's pretrain
+        return [_message(TEXT_ROLE, _output(turns[0], "conversation[0]"), 1)]
     messages = []
     for place, turn in enumerate(turns):
         where = f"conversation[{place}]"
@@ -119,7 +125,8 @@ def _from_turns(turns: object) -> list[Message]:
         weight = turn.get("output_with_loss")
         if weight not in (None, True, False):
             raise RowError("bad_conversation", f"{where}.output_with_loss is {short(weight)}, not true or false")
-        messages.append(_message("assistant", _output(turn, where), 1 if weight is None else int(weight)))
+        thought = thought_in(turn, where, "output", by_assistant=True)
+        messages.append(_message("assistant", _output(turn, where), 1 if weight is None else int(weight), thought))
     return messages
 
 
@@ -148,10 +155,11 @@ def _from_messages(returned: dict[str, Any]) -> list[Message]:
         calls = calls_text(message.get("tool_calls") or message.get("function_call"), where)
         if calls and role != "assistant":
             raise RowError("tool_calls", f"{where} calls a tool, and is the {role}'s, not the assistant's")
+        thought = thought_in(message, where, by_assistant=role == "assistant")
         content = "" if calls and message.get("content") is None else content_in(message, where)
         if role == "assistant":
             content = content if calls else check_answer(content, f"{where}.content")
-        kept = _message(role, content, _weight(message, where) if role == "assistant" else None)
+        kept = _message(role, content, _weight(message, where) if role == "assistant" else None, thought)
         if calls:
             kept["tool_calls"] = calls
         if speaker := _label(message, "name", where):
@@ -180,5 +188,8 @@ def _label(message: Mapping[str, Any], key: str, where: str) -> str | None:
     return check_utf8(value, f"{where}.{key}") if value else None
 
 
-def _message(role: str, content: str, weight: int | None) -> Message:
-    return {"role": role, "content": check_utf8(content, role), "weight": weight}
+def _message(role: str, content: str, weight: int | None, thought: str | None = None) -> Message:
+    message: Message = {"role": role, "content": check_utf8(content, role), "weight": weight}
+    if thought:
+        message["reasoning_content"] = check_utf8(thought, role)
+    return message

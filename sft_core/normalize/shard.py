@@ -146,7 +146,8 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 
 def _amount(messages: list[Message]) -> Amount:
     answers = sum(message["weight"] is not None for message in messages)
-    return Amount(1, answers, sum(len(message["content"]) for message in messages))
+    characters = sum(len(message["content"]) + len(message.get("reasoning_content") or "") for message in messages)
+    return Amount(1, answers, characters)
 
 
 def _fitting(text: str) -> tuple[str, ...]:

@@ -5,8 +5,9 @@ of the texts' character n-grams (standard deviation about 0.03 at 0.8).
 
 One-permutation MinHash (Li, Owen & Zhang, NIPS 2012) with the low 8 bits of each bin's least hash (Li & König, WWW
 2010); an empty bin takes the value of one that is not, each bin trying the others in an order of its own (Shrivastava,
-ICML 2017). Roles, system prompts and tools are left out, as many conversations share them; letters' case and form
-(NFKC) and white space do not count. A text of fewer than SHORT n-grams is one gram: near it is only what equals it.
+ICML 2017). Roles, system prompts and tools are left out, as many conversations share them. So are thoughts: a question
+and its answer are held out or trained, however differently a model thought in between. Letters' case and form (NFKC)
+and white space do not count. A text of fewer than SHORT n-grams is one gram: near it is only what equals it.
 """
 
 import hashlib

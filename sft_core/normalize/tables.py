@@ -24,6 +24,7 @@ MESSAGE = pa.struct(
         ("tool_calls", pa.string()),  # JSON text, here and in `tools`
         ("name", pa.string()),
         ("tool_call_id", pa.string()),
+        ("reasoning_content", pa.string()),  # an assistant's thought
     ]
 )
 CONTENT = [("row_id", pa.string()), ("messages", pa.list_(MESSAGE)), ("tools", pa.string())]
@@ -41,13 +42,18 @@ def messages_column(conversations: Sequence[list[Message]]) -> pa.ListArray:
 
 
 def sizes(table: pa.Table) -> tuple[Counts, Counts]:
-    """Answers and characters of each conversation, (rows,) both."""
+    """Answers and characters (contents and thoughts) of each conversation, (rows,) both."""
     column = table.column("messages").combine_chunks()
     parents = np.asarray(pc.list_parent_indices(column))
     flat = pc.list_flatten(column)
     answers = np.asarray(pc.is_valid(pc.struct_field(flat, "weight")))
-    characters = np.asarray(pc.utf8_length(pc.struct_field(flat, "content")))
+    characters = _lengths(flat, "content") + _lengths(flat, "reasoning_content")
     return _sums(parents, answers, len(table)), _sums(parents, characters, len(table))
+
+
+def _lengths(messages: pa.StructArray, key: str) -> Counts:
+    """Characters of a field, (messages,); 0 where it is null."""
+    return np.asarray(pc.fill_null(pc.utf8_length(pc.struct_field(messages, key)), 0))
 
 
 def _sums(owners: Counts, values: NDArray[Any], count: int) -> Counts:

@@ -1,8 +1,8 @@
 """What became of the rows: the ledger, the figures, an example of every fault.
 
 In: what each shard says of its rows, and what became of those that might be held out. Out: a ledger that balances
-(rows; turns, that is answers; characters) and facts. Turns and characters are counted of rows that became
-conversations; there are none to count in the others.
+(rows; turns, that is answers; characters of contents and thoughts) and facts. Turns and characters are counted of rows
+that became conversations; there are none to count in the others.
 """
 
 from collections import Counter, defaultdict

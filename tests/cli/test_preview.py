@@ -1,5 +1,6 @@
 """`sft data preview` as text, on a byte tokenizer."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,42 @@ def test_refused_and_long_rows_say_so(recipe: Path) -> None:
     file = recipe.parent / "asks.jinja"
     file.write_text("{{ raise_exception('not today') }}")
     shown = preview_text(resolve(str(recipe), {"pack": {"chat_template": str(file)}}), 1)
-    assert "set aside by pack: template_error: the chat template refuses messages 0..1: not today\n" in shown
+    assert "set aside by pack: template_error: the chat template refuses " in shown
+    assert ": not today\n" in shown
+
+
+THINKING = """{% for message in messages %}<|im_start|>{{ message.role }}
+{% if loop.last and message.reasoning_content %}<think>{{ message.reasoning_content.strip() }}</think>
+{% endif %}{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def test_thoughts_are_shown_those_that_the_template_leaves_out_too(recipe: Path) -> None:
+    (recipe.parent / "thinking.jinja").write_text(THINKING)
+    asks = [{"role": "user", "content": f"q{n}"} for n in range(2)]
+    first = {"role": "assistant", "content": "a0", "reasoning": "hm\u001b[2J 0", "weight": 0}
+    messages = [asks[0], first, asks[1], {"role": "assistant", "content": "a1", "thinking": "\nhm 1\n"}]
+    (recipe.parent / "a.jsonl").write_text(json.dumps({"messages": messages}))
+    datasets = [{"path": str(recipe.parent / "a.jsonl"), "map_fn": "messages"}]
+    set_ = {"datasets": datasets, "pack": {"chat_template": str(recipe.parent / "thinking.jinja")}}
+    lines = preview_text(resolve(str(recipe), set_), 1).splitlines()
+    assert lines[0].endswith(" trained, 2 thoughts")
+    assert lines[1:] == [
+        "<|im_start|>user",
+        "q0<|im_end|>",
+        "<|im_start|>assistant",
+        "a0<|im_end|>",
+        "<|im_start|>user",
+        "q1<|im_end|>",
+        "<|im_start|>assistant",
+        "[[<think>hm 1</think>",
+        "a1<|im_end|>]]",
+        "",
+        "the thought of messages[1] is in no text above",
+        "hm␛[2J 0",
+        "",
+    ]
 
 
 def test_control_characters_are_shown_not_sent(recipe: Path) -> None:

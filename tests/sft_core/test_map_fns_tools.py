@@ -192,4 +192,5 @@ def test_the_store_holds_them(tmp_path):
         "tool_calls": None,
         "name": None,
         "tool_call_id": None,
+        "reasoning_content": None,
     }

@@ -54,7 +54,7 @@ def normalize(
     assert (outcome.facts["train_rows"], outcome.facts["heldout_rows"]) == (len(train), len(heldout))
     aside = {key: n for key, n in outcome.ledger["rows"]["set_aside"].items() if key != "not_sampled"}
     assert aside == Counter(row["reason"] for row in quarantine(out))
-    assert outcome.ledger["characters"]["out"] == sum(len(m["content"]) for r in train + heldout for m in r["messages"])
+    assert outcome.ledger["characters"]["out"] == sum(map(characters, train + heldout))
     ids = [row["row_id"] for row in heldout]
     assert len(set(ids)) == len(ids)
     assert not {row["row_id"] for row in train} & set(ids)
@@ -65,6 +65,11 @@ def normalize(
 
 def side(out: Path, name: str) -> list[dict]:
     return list(read_shards(out / name))
+
+
+def characters(row: dict) -> int:
+    """Of contents and thoughts."""
+    return sum(len(message["content"]) + len(message["reasoning_content"] or "") for message in row["messages"])
 
 
 def quarantine(out: Path) -> list[dict]:
@@ -115,12 +120,12 @@ class TestRows:
     def test_a_change_of_output_needs_a_new_step_version(self, tmp_path):
         normalize(tmp_path / "out", source(tmp_path, pairs(3)), fraction=0.6)
         first = next(row for row in side(tmp_path / "out", "train") if row["row_number"] == 2)
-        no_tools = dict.fromkeys(["tool_calls", "name", "tool_call_id"])
+        plain = dict.fromkeys(["tool_calls", "name", "tool_call_id", "reasoning_content"])
         assert first == {
             "row_id": "c21995abb16230af98c09d0a6010d985",  # of [["user","Q1"],["assistant","A1"]], by sha256sum
             "messages": [
-                {"role": "user", "content": "Q1", "weight": None} | no_tools,
-                {"role": "assistant", "content": "A1", "weight": 1} | no_tools,
+                {"role": "user", "content": "Q1", "weight": None} | plain,
+                {"role": "assistant", "content": "A1", "weight": 1} | plain,
             ],
             "tools": None,
             "dataset": "rows",
@@ -187,8 +192,8 @@ class TestRows:
         columns += "question answer response context description color abstract title system_prompt"
 
         def value(depth: int) -> object:
-            tools = ["from", "value", "name", "function", "arguments", "tool_call_id", "type", "text"]
-            words = ["human", "gpt", "tool", "function_call", "text"]
+            tools = ["from", "value", "name", "function", "arguments", "tool_call_id", "type", "text", "thinking"]
+            words = ["human", "gpt", "tool", "function_call", "text", "thinking"]
             plain = [
                 *words,
                 "",
@@ -208,7 +213,7 @@ class TestRows:
                 return [value(depth - 1) for _ in range(draw.randint(0, 3))]
             if depth and kind < 0.4:
                 keys = draw.choices(
-                    ["role", "content", "loss", "input", "output", "system", "tool_calls"], k=4
+                    ["role", "content", "loss", "input", "output", "system", "tool_calls", "reasoning"], k=4
                 ) + draw.choices(tools, k=3)
                 return {key: value(depth - 1) for key in keys}
             return draw.choice(plain)

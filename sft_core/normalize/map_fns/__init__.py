@@ -28,7 +28,7 @@ from sft_core.normalize.map_fns.one_turn import (
     tiny_codes,
 )
 
-MAP_FNS_VERSION = 2
+MAP_FNS_VERSION = 3
 """Raised when a shipped map_fn's output changes."""
 
 MAP_FNS: dict[str, Callable[[Row], Returned]] = {

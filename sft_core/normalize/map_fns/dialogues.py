@@ -10,9 +10,12 @@ from typing import Any
 from sft_core.errors import RowError
 from sft_core.normalize.columns import Returned, Row, check_answer, messages_in, short, text_in
 from sft_core.normalize.content import content_in
+from sft_core.normalize.thoughts import thought_in
 
 MARKER = re.compile(r"(?<!#)###\s*(Human|Assistant):")
 MESSAGES_KEEPS = "openai knows system, user and assistant; the map_fn messages keeps tool messages and calls"
+CARRIED = ("name", "tool_call_id", "tool_calls", "function_call")
+"""OpenAI's keys, which messages with `from` and `value` have at times."""
 SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",
@@ -70,8 +73,9 @@ def openai(row: Row) -> Returned:
     message goes with the next answer only, an answer with `loss` "False" is not trained, a user message without an
     answer at the end is dropped. Unlike XTuner: a `loss` of null (what Arrow makes of a key that only some messages
     have) is trained; `weight: 0`, OpenAI's own mark, is not; system messages in a row are joined with a newline (XTuner
-    keeps the last); a content that is a list of text parts is joined. A row without an answer is `no_assistant_turn`;
-    roles such as tool are `unknown_role`, tool calls are `tool_calls`: the map_fn `messages` keeps them.
+    keeps the last); a content that is a list of text parts is joined; an answer's thought is its `reasoning_content`.
+    A row without an answer is `no_assistant_turn`; roles such as tool are `unknown_role`, tool calls are `tool_calls`:
+    the map_fn `messages` keeps them.
     """
     messages = messages_in(row)
     first = next((at for at, message in enumerate(messages) if message.get("role") != "assistant"), len(messages))
@@ -83,6 +87,7 @@ def openai(row: Row) -> Returned:
             raise RowError("unknown_role", f"{where} has the role {role!r}; {MESSAGES_KEEPS}")
         if message.get("tool_calls") or message.get("function_call"):
             raise RowError("tool_calls", f"{where} calls a tool; {MESSAGES_KEEPS}")
+        thought = thought_in(message, where, by_assistant=role == "assistant")
         if role == "system":
             content = content_in(message, where)
             system = f"{system}\n{content}" if system else content
@@ -90,7 +95,8 @@ def openai(row: Row) -> Returned:
             request += content_in(message, where)
         else:
             answer = check_answer(content_in(message, where), f"{where}.content")
-            turns.append({"system": system, "input": request, "output": answer, "output_with_loss": _trained(message)})
+            turn = {"system": system, "input": request, "output": answer, "output_with_loss": _trained(message)}
+            turns.append(_with_thought(turn, thought))
             system, request = "", ""
     if not turns:
         roles = ", ".join(str(message.get("role")) for message in messages)
@@ -105,8 +111,8 @@ def wizardlm(row: Row) -> Returned:
     {'conversation': [{'input': 'Hi', 'output': 'Hello.'}]}
 
     As in XTuner: answers at the very start are skipped, requests in a row are joined without a separator, a last one
-    without an answer is dropped. Unlike XTuner: another role sets the row aside (XTuner: ends the run), and so does a
-    row without an answer. `sharegpt` reads more.
+    without an answer is dropped. Unlike XTuner: another role sets the row aside (XTuner: ends the run), and so do a
+    tool call and a row without an answer; an answer's thought is its `reasoning_content`. `sharegpt` reads more.
     """
     turns: list[dict[str, Any]] = []
     request, begun = "", False
@@ -116,11 +122,15 @@ def wizardlm(row: Row) -> Returned:
             raise RowError(
                 "unknown_role", f"{where} is from {role!r}; wizardlm knows human and gpt, sharegpt knows more"
             )
+        if message.get("tool_calls") or message.get("function_call"):
+            raise RowError("tool_calls", f"{where} calls a tool; sharegpt keeps it")
+        thought = thought_in(message, where, "value", by_assistant=role == "gpt")
         begun = begun or role == "human"
         if role == "human":
             request += text_in(message, "value", where)
         elif begun:
-            turns.append({"input": request, "output": check_answer(text_in(message, "value", where), f"{where}.value")})
+            answer = check_answer(text_in(message, "value", where), f"{where}.value")
+            turns.append(_with_thought({"input": request, "output": answer}, thought))
             request = ""
     if not turns:
         raise RowError("no_assistant_turn", "nothing to learn: no message is gpt's after a human's")
@@ -148,8 +158,8 @@ def sharegpt(row: Row) -> Returned:
     [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': 'Hi'}]
 
     Not XTuner's. Roles: human or user, gpt or assistant, system, function_call (JSON: name and arguments, one or a
-    list), observation or tool. `role` and `content` stand for `from` and `value`. Answers at the very start, before any
-    request, are skipped, as wizardlm does.
+    list), observation or tool. `role` and `content` stand for `from` and `value`. Thoughts, and OpenAI's keys for tool
+    calls, are kept. Answers at the very start, before any request, are skipped, as wizardlm does.
     """
     kept: list[dict[str, Any]] = []
     if row.get("system"):
@@ -162,20 +172,29 @@ def sharegpt(row: Row) -> Returned:
         if role is None:
             raise RowError("unknown_role", f"{where} is from {name!r}; known are {', '.join(SHAREGPT_ROLES)}")
         begun = begun or role in ("user", "tool", "function_call")
-        content = content_in(message, where, key)
+        thought = thought_in(message, where, key, by_assistant=role in ("assistant", "function_call"))
+        beside = _with_thought({name: message[name] for name in CARRIED if message.get(name)}, thought)
+        calls = "tool_calls" in beside or "function_call" in beside
+        content = "" if calls and message.get(key) is None else content_in(message, where, key)
         if role == "function_call":
-            kept.append({"role": "assistant", "content": "", "tool_calls": content})
+            if calls:
+                raise RowError("tool_calls", f"{where} calls a tool in its {key} and under a key of its own")
+            kept.append({"role": "assistant", "content": "", "tool_calls": content, **beside})
         elif role == "assistant" and begun:
-            answer = check_answer(content, f"{where}.{key}")
-            kept.append({"role": role, "content": answer, "weight": 1 if _trained(message) else 0})
+            answer = content if calls else check_answer(content, f"{where}.{key}")
+            kept.append({"role": role, "content": answer, "weight": 1 if _trained(message) else 0, **beside})
         elif role != "assistant":
-            kept.append({"role": role, "content": content})
+            kept.append({"role": role, "content": content, **beside})
     return _with_tools(kept, row)
 
 
 def _with_tools(kept: list[dict[str, Any]], row: Row) -> Returned:
     tools = row.get("tools") or row.get("functions")
     return {"messages": kept, "tools": tools} if tools else {"messages": kept}
+
+
+def _with_thought(answer: dict[str, Any], thought: str | None) -> dict[str, Any]:
+    return {**answer, "reasoning_content": thought} if thought else answer
 
 
 def _trained(message: Row) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 from sft_core.errors import RowError
 from sft_core.normalize.columns import Returned, Row, check_answer, messages_in, short, text_in
+from sft_core.normalize.thoughts import thought_in
 
 THINK = re.compile(r"(.*?)<\|startofthink\|>(.*?)<\|endofthink\|>", re.DOTALL)
 EXEC = re.compile(r"(.*?)<\|endofexec\|>(.*?)$", re.DOTALL)
@@ -43,14 +44,18 @@ def msagent_react(row: Row) -> Returned:
         role, where = message.get("from"), f"conversations[{place}]"
         if role not in ("system", "user", "assistant"):
             raise RowError("unknown_role", f"{where} is from {role!r}; msagent_react knows system, user, assistant")
+        if message.get("tool_calls") or message.get("function_call"):
+            raise RowError("tool_calls", f"{where} calls a tool in a key of its own; sharegpt keeps it")
         value = text_in(message, "value", where)
+        thought = thought_in(message, where, "value", by_assistant=role == "assistant")
         if role == "system":
             system += _tools_prompt(value, where)
         elif role == "user":
             request += f"{value}\n"
         else:
             answer, mark, executed = value.partition(EXEC_MARK)
-            turns.append({"system": system, "input": request, "output": _answer(answer, where)})
+            turn = {"system": system, "input": request, "output": _answer(answer, where)}
+            turns.append({**turn, "reasoning_content": thought} if thought else turn)
             turns += _executed(executed, where) if mark else []
             system, request = "", ""
     if not turns:
