@@ -58,10 +58,10 @@ def preview(recipe: RecipeArgument, rows: RowsOption = 3, set_: SetOption = None
 
 def preview_rows(recipe: Any, rows: int) -> Iterator[Previewed]:
     """The first training rows of `recipe`, as many of each data set as of the others. SftError as in a run."""
-    from sft_core.pack import load_chat_template
+    from sft_core.pack import template_of
 
     tokenizer = _tokenizer(recipe.base_model)
-    template = load_chat_template(recipe.pack.chat_template, tokenizer)
+    template = template_of(recipe.pack, tokenizer)
     with tempfile.TemporaryDirectory(prefix="sft-preview-") as folder:
         for row in _conversations(recipe, rows, Path(folder)):
             yield from _sequences(row, tokenizer, template, recipe.pack)
@@ -141,7 +141,8 @@ def _sequences(row: dict[str, Any], tokenizer: Any, template: str, pack: Any) ->
     """The sequences of one row and the thoughts in none of them; one without text if the template refuses it."""
     from sft_core.errors import RowError
     from sft_core.pack.encoding import IGNORE_INDEX, encode_renderings
-    from sft_core.pack.rendering import render_conversation, tools_of
+    from sft_core.pack.rendering import render_conversation
+    from sft_core.pack.renders import tools_of
 
     heading = f"row {row['row_id']}  {row['dataset']}: {row['file']}, row {row['row_number']}"
     try:

@@ -15,7 +15,7 @@ from sft_core.base_model import BaseModelDescription, describe_base_model, local
 from sft_core.fetch import describe_source
 from sft_core.fingerprint import hash_text, hash_value
 from sft_core.normalize import map_fn_source
-from sft_core.pack import load_chat_template
+from sft_core.pack import template_of
 from sft_core.recipe import Recipe
 from sft_core.train.limits import check_training
 from sft_core.train.zero import deepspeed_part
@@ -160,7 +160,7 @@ def _normalize_parts(recipe: Recipe) -> dict[str, Any]:
 
 def _pack_parts(recipe: Recipe, base: BaseModelDescription, template: str) -> dict[str, Any]:
     return {
-        "pack": recipe.pack.model_dump(mode="json", exclude={"chat_template"}),
+        "pack": recipe.pack.model_dump(mode="json", exclude={"chat_template", "template_kwargs", "reasoning"}),
         "seed": recipe.seed,
         "tokenizer": base.tokenizer_fingerprint,
         "chat_template": hash_text(template),
@@ -178,9 +178,9 @@ def _train_parts(recipe: Recipe) -> dict[str, Any]:
 
 def _chat_template(recipe: Recipe, base: BaseModelDescription) -> str:
     if recipe.pack.chat_template is not None:
-        return load_chat_template(recipe.pack.chat_template)
+        return template_of(recipe.pack)
     from transformers import AutoTokenizer  # slow to import
 
     folder = local_base_model(recipe.base_model, base.commit)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=recipe.base_model.trust_remote_code)
-    return load_chat_template(None, tokenizer)
+    return template_of(recipe.pack, tokenizer)

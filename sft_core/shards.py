@@ -124,6 +124,8 @@ class Sharding:
 
     earlier: Earlier = NothingEarlier()
     mapper: Mapper = map
+    on_line: Callable[[str], None] = print
+    """Hears what is worth saying before the work begins."""
 
 
 class ShardWriter:

@@ -75,7 +75,7 @@ class Retraining:
     @property
     def sharding(self) -> Sharding:
         """Shards of the step's last artifact are taken from there."""
-        return Sharding(self.earlier, self.mapper)
+        return Sharding(self.earlier, self.mapper, self.on_line)
 
     def warnings(self) -> list[str]:
         """What is likely to go wrong in training; pack must be built."""

@@ -28,7 +28,7 @@ __all__ = [
     "scorer_source",
 ]
 
-STEP_VERSION = 3
+STEP_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,7 @@ def evaluate_model(model: EvaluatedModel, conversations: Path, config: EvaluateC
     examples, ledger = read_examples(conversations, tokenizer, template, model.max_length)
     network = _load(model)
     scores = _teacher_forced(network, examples, config.batch_size)
-    scores = _with_answers((network, tokenizer), examples, scores, config, seed)
+    scores = _with_answers((network, tokenizer, template), examples, scores, config, seed)
     del network
     harness = run_harness(model.folder, config, trust_remote_code=model.trust_remote_code)
     summary = write_report(EvaluationReport(tuple(scores), identity, harness), out)
@@ -103,18 +103,22 @@ def _teacher_forced(network: Any, examples: list[Any], batch_size: int) -> list[
 
 
 def _with_answers(
-    model: tuple[Any, Any], examples: list[Any], scores: list[Score], config: EvaluateConfig, seed: int
+    model: tuple[Any, Any, str], examples: list[Any], scores: list[Score], config: EvaluateConfig, seed: int
 ) -> list[Score]:
     """Generate where the last message is a trained answer; which rows, is drawn by (seed, row_id)."""
+    from sft_core.evaluate.examples import check_prompt
     from sft_core.evaluate.generation import generate_answers
 
     able = [i for i, example in enumerate(examples) if example.answer_is_trained]
     drawn = sorted(able, key=lambda i: hash_value([seed, examples[i].row_id]))[: config.max_generated_rows]
     if not drawn:
         return scores
-    stop_ids = sorted({examples[i].stop_id for i in drawn} | _eos_ids(model[1]))
+    network, tokenizer, template = model
+    for i in drawn:
+        check_prompt(examples[i], tokenizer, template)
+    stop_ids = sorted({examples[i].stop_id for i in drawn} | _eos_ids(tokenizer))
     options = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
-    answers = generate_answers(model, [examples[i].prompt_ids for i in drawn], options, stop_ids)
+    answers = generate_answers((network, tokenizer), [examples[i].prompt_ids for i in drawn], options, stop_ids)
     scorer = load_scorer(config.scorer) if config.scorer is not None else None
     scored = list(scores)
     for i, answer in zip(drawn, answers, strict=True):

@@ -12,7 +12,12 @@ from typing import Any
 from sft_core.errors import DataError, RowError
 from sft_core.evaluate.report import Identity
 from sft_core.fingerprint import hash_text, hash_value
-from sft_core.pack import IGNORE_INDEX, Sequence, encode_conversation, tools_of
+from sft_core.pack import IGNORE_INDEX, Sequence, tools_of
+from sft_core.pack.encoding import encode_renderings
+from sft_core.pack.rendering import render_conversation
+from sft_core.pack.renders import AS_STORED, Form, Tools, in_form, plain_message
+from sft_core.pack.template import drops_reasoning, strftime_fixed
+from sft_core.pack.thoughts import drop_thoughts
 
 Messages = list[dict[str, Any]]
 
@@ -26,6 +31,10 @@ class Example:
     tags: list[str]
     sequences: list[Sequence]
     messages: Messages
+    tools: Tools | None = None
+    form: Form = AS_STORED
+    typed: bool = False
+    """Whether special tokens' strings are typed in it: text here, control tokens at a server that looks no closer."""
 
     @property
     def encoding(self) -> str:
@@ -68,7 +77,8 @@ class Example:
     def num_bytes(self) -> int:
         """Size of the trained texts as UTF-8, before any template or tokenizer."""
         trained = [m for m in self.messages if m["role"] in ("assistant", "text") and m.get("weight") != 0]
-        return sum(len(((m["content"] or "") + (m.get("tool_calls") or "")).encode()) for m in trained)
+        keys = ("reasoning_content", "content", "tool_calls")
+        return sum(len((m.get(key) or "").encode()) for m in trained for key in keys)
 
     @property
     def _answer_start(self) -> int:
@@ -93,7 +103,7 @@ def read_examples(
     if not examples:
         raise DataError(
             f"{conversations}: of {rows_in} held-out conversations none can be scored ({dict(set_aside)}); "
-            f"raise pack.max_length ({max_length}) or eval_fraction"
+            f"raise pack.max_length ({max_length}) or eval_fraction, or look at pack's quarantine for the template's reasons"
         )
     return examples, {"in": rows_in, "out": len(examples), "set_aside": dict(set_aside)}
 
@@ -104,7 +114,11 @@ def scorable_examples(
     """Held-out conversations that can be scored, in order; the others are counted in `set_aside`, by reason."""
     for row in held_out_rows(conversations):
         try:
-            sequences = encode_conversation(row["messages"], tokenizer, template, tools_of(row))
+            tools, messages = tools_of(row), row["messages"]
+            if drops_reasoning(template):
+                messages, _ = drop_thoughts(messages)
+            renderings = render_conversation(messages, tokenizer, template, tools)
+            sequences = encode_renderings(renderings, tokenizer)
         except RowError as error:
             set_aside[error.reason] += 1
             continue
@@ -113,7 +127,36 @@ def scorable_examples(
         elif all(label == IGNORE_INDEX for sequence in sequences for label in sequence.labels):
             set_aside["nothing_trained"] += 1
         else:
-            yield Example(row["row_id"], row["dataset"], tags_of(row), sequences, row["messages"])
+            yield Example(
+                row_id=row["row_id"],
+                dataset=row["dataset"],
+                tags=tags_of(row),
+                sequences=sequences,
+                messages=messages,
+                tools=tools,
+                form=renderings[-1].form,
+                typed=renderings[-1].typed,
+            )
+
+
+def check_prompt(example: Example, tokenizer: Any, template: str) -> None:
+    """The answer is generated behind what a server feeds. DataError if training's ids before it are others."""
+    if example.typed:
+        return
+    served = tokenizer.apply_chat_template(
+        in_form([plain_message(message, None) for message in example.messages[:-1]], example.form),
+        chat_template=template,
+        tools=example.tools,
+        add_generation_prompt=True,
+        return_dict=True,
+        tokenizer_kwargs={"verbose": False},
+        strftime_now=strftime_fixed,
+    )["input_ids"]
+    if served != example.prompt_ids:
+        raise DataError(
+            f"held-out row {example.row_id}: a server would feed {tokenizer.decode(served)[-60:]!r} before the answer, "
+            f"and training has {tokenizer.decode(example.prompt_ids)[-60:]!r}; no score is made of that"
+        )
 
 
 def held_out_rows(conversations: Path) -> Iterator[dict[str, Any]]:

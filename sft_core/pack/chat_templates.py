@@ -1,7 +1,7 @@
 """Chat templates: Jinja texts in Hugging Face's dialect, found by name.
 
-In: a shipped name (`templates/*.jinja` or an alias), a path to a Jinja file, or None for the tokenizer's own. Out: the
-text, and the tokens by which an answer rendered with it ends.
+In: a shipped name (`templates/*.jinja` or an alias), a path to a Jinja file, or None for the tokenizer's own; values of
+its variables. Out: the text.
 
 Shipped are `chatml`, `plain` and XTuner's 27 names with XTuner's text (`xtuner/utils/templates.py`, v0.2.0). BOS stands
 where XTuner's `encode_fn` has it: at the start, and again behind each eos. Exceptions: phi3_chat follows Phi-3's own
@@ -14,9 +14,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sft_core.errors import ModelError, RecipeError, RowError
-from sft_core.pack.controls import controls_of
-from sft_core.pack.rendering import render_conversation
+from sft_core.errors import RecipeError
+from sft_core.pack.template import DROP_REASONING, bind_template
+from sft_core.recipe import PackConfig
 
 SUFFIX = ".jinja"
 ALIASES = {
@@ -27,8 +27,12 @@ ALIASES = {
     "wizardlm": "vicuna",
 }
 """XTuner's names whose text is that of another one."""
-PROBE_ANSWER = "pong"
-PROBE = ({"role": "user", "content": "ping"}, {"role": "assistant", "content": PROBE_ANSWER})
+
+
+def template_of(config: PackConfig, tokenizer: Any = None) -> str:
+    """The recipe's chat template with the values of its variables in it. RecipeError if there is none."""
+    dropped = {DROP_REASONING: True} if config.reasoning == "drop" else {}
+    return bind_template(load_chat_template(config.chat_template, tokenizer), {**config.template_kwargs, **dropped})
 
 
 def load_chat_template(name: str | None, tokenizer: Any = None) -> str:
@@ -59,35 +63,6 @@ def shipped_templates() -> dict[str, str]:
     texts = {file.name.removesuffix(SUFFIX): file.read_text("utf-8") for file in files}
     texts |= {alias: texts[name] for alias, name in ALIASES.items()}
     return dict(sorted(texts.items()))
-
-
-def stop_token_ids(tokenizer: Any, chat_template: str) -> list[int]:
-    """Ids by which an answer is over, for `eos_token_id` of generation_config.json: the special tokens that the
-    template writes behind an answer, then eos. ModelError if there is none of either.
-
-    With `gemma` that is `[<end_of_turn>, <eos>]`, with `qwen_chat` on a base model `[<|im_end|>, <|endoftext|>]`.
-    """
-    ids = tokenizer(_behind_an_answer(tokenizer, chat_template), add_special_tokens=False).input_ids
-    special = [token for token in ids if token in controls_of(tokenizer).id_set]
-    ends = special or [token for token in ids if token in tokenizer.added_tokens_decoder]
-    if tokenizer.eos_token_id is not None:
-        ends.append(tokenizer.eos_token_id)
-    if not ends:
-        raise ModelError(
-            f"{tokenizer.name_or_path}: no token ends an answer: the chat template writes none behind it, and the "
-            "tokenizer has no eos_token; set one in tokenizer_config.json"
-        )
-    return list(dict.fromkeys(ends))
-
-
-def _behind_an_answer(tokenizer: Any, chat_template: str) -> str:
-    """What is trained behind the content of an answer; empty if the template does not take the probe."""
-    try:
-        (rendering,) = render_conversation(PROBE, tokenizer, chat_template)
-    except RowError:
-        return ""
-    trained = "".join(rendering.text[span.start : span.end] for span in rendering.spans)
-    return trained.rpartition(PROBE_ANSWER)[2] if PROBE_ANSWER in trained else ""
 
 
 def _own_template(tokenizer: Any) -> str:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from sft_core.artifacts import Outcome
 from sft_core.errors import DataError
 from sft_core.fingerprint import hash_file, hash_folder, hash_value
-from sft_core.pack.chat_templates import load_chat_template
+from sft_core.pack.chat_templates import template_of
 from sft_core.pack.overlap import map_overlapped
 from sft_core.pack.packed import BINS, SETTINGS_KEY, TOKENIZER, PackedSettings, read_weights
 from sft_core.pack.packing import copies, epoch_rows
@@ -36,7 +36,7 @@ from sft_core.recipe import PackConfig
 from sft_core.shard_rows import locate, read_shard
 from sft_core.shards import Sharding, ShardJob, ShardWriter, build_shards, read_shard_list
 
-STEP_VERSION = 3
+STEP_VERSION = 4
 """Raised when the step's output changes for the same input."""
 TRAIN_FILES = "train/*.parquet"
 QUARANTINE = "quarantine/part-00000.jsonl"
@@ -53,7 +53,7 @@ def pack_dataset(
     """Encode the training side of `conversations` and pack epoch 0. DataError if nothing is left to train on."""
     source = tokenizer if isinstance(tokenizer, TokenizerSource) else TokenizerSource(tokenizer)
     loaded = load_tokenizer(source)
-    template = load_chat_template(config.chat_template, loaded)
+    template = template_of(config, loaded)
     padded_with_eos = loaded.pad_token_id is None
     if padded_with_eos:
         pad_with_eos(loaded, source)
@@ -64,7 +64,9 @@ def pack_dataset(
     writer = ShardWriter(out, sharding.earlier)
     missing = [job.argument for job in jobs if not writer.holds(job.key)]
     if missing:
-        prove_rows(_rows_to_prove(missing), loaded, load_saved_tokenizer(saved), template)
+        rows, as_saved, all_new = _rows_to_prove(missing), load_saved_tokenizer(saved), len(missing) == len(jobs)
+        for line in prove_rows(rows, loaded, as_saved, template, all_new=all_new):
+            sharding.on_line(f"note: {line}")
     build_shards(jobs, encode_shard, writer, map_overlapped if sharding.mapper is map else sharding.mapper)
     writer.close()
     _write_quarantine(out, writer)
@@ -72,6 +74,12 @@ def pack_dataset(
     if not tally.kept[0]:
         raise DataError(
             f"{conversations}: nothing is left to train on: {tally.reasons()}; max_length is {config.max_length}"
+        )
+    if tally.empty_thoughts:
+        sharding.on_line(
+            f"note: {tally.empty_thoughts} trained answers have no thought, and the chat template writes an empty one "
+            "before them: the model learns not to think. If its prompts can say so (pack.template_kwargs: "
+            "{enable_thinking: false}), that is not trained"
         )
     settings = PackedSettings(config.max_length, config.packing, seed, loaded.pad_token_id)
     epoch = _write_bins(out, settings)
@@ -179,4 +187,7 @@ def _figures(tally: Tally) -> dict[str, int]:
         "supervised_tokens": supervised,
         "split_sequences": tally.split,
         "special_token_text_rows": tally.typed_rows,
+        "parted_turns": tally.parted_turns,
+        "dropped_thoughts": tally.dropped_thoughts,
+        "empty_thoughts": tally.empty_thoughts,
     }

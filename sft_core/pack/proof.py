@@ -1,68 +1,116 @@
-"""Proof on some conversations, before anything is trained: what is trained is what will be served.
+"""Proof on some conversations, before all are encoded: the tokenizer as saved reads them as the one in use does; and
+what the chat template does to a whole kind of row is said once, early, with what would help.
 
-In: conversations, the tokenizer as it came, and the tokenizer as saved. Out: nothing, or a DataError that names the
-row: an answer whose end token is not trained (the model would never stop), or ids that the saved tokenizer with its
-chat template does not reproduce. Two BOS in a row are refused by the encoding itself.
+In: conversations, the tokenizer as it came, and the tokenizer as saved. Out: lines to say, or a DataError that names
+the row: ids that the saved tokenizer with its chat template does not reproduce. What every row has to pass is in
+`rendering` and `encoding`; two BOS in a row are refused by the encoding itself.
 """
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from itertools import islice
 from typing import Any
 
 from sft_core.errors import DataError, RowError
-from sft_core.pack.controls import controls_of
-from sft_core.pack.encoding import Sequence, encode_renderings
-from sft_core.pack.rendering import Rendering, plain_message, render_conversation, tools_of
+from sft_core.pack.encoding import Sequence, encode_renderings, encode_rows
+from sft_core.pack.rendering import Rendering, render_conversation
+from sft_core.pack.renders import in_form, plain_message, tools_of
+from sft_core.pack.template import DROP_REASONING, bind_template, drops_reasoning, strftime_fixed
+from sft_core.pack.thoughts import drop_thoughts
 
 PROVED_CONVERSATIONS = 20
 ROWS_LOOKED_AT = 1_000
 """The chat template may refuse some."""
+SWITCHES = ("enable_thinking", "thinking", "open_thinking")
+"""Variables by which templates choose how an answer begins; Qwen's and GLM's, DeepSeek's and Granite's, minimind's."""
 
 
-def prove_rows(rows: Iterable[dict[str, Any]], tokenizer: Any, saved: Any, chat_template: str) -> int:
-    """Check the first of these conversations that the template takes; how many there were. Few, whatever the data's
-    size."""
-    proved = 0
+def prove_rows(
+    rows: Iterable[dict[str, Any]], tokenizer: Any, saved: Any, chat_template: str, *, all_new: bool = True
+) -> list[str]:
+    """Check the first of these conversations that the template takes. Few, whatever the data's size. A line for every
+    reason for which some were refused. DataError if it takes none, unless others, that are not looked at, were taken
+    before (`all_new` is false)."""
+    proved, looked_at = 0, 0
+    refused: Counter[str] = Counter()
+    first: dict[str, tuple[dict[str, Any], RowError]] = {}
     for row in islice(rows, ROWS_LOOKED_AT):
+        looked_at += 1
         try:
             renderings = render_conversation(row["messages"], tokenizer, chat_template, tools=tools_of(row))
-        except RowError:
+            made = encode_rows([renderings], tokenizer)
+            if isinstance(made.counts[0], RowError):
+                raise made.counts[0]
+        except RowError as error:
+            refused[error.reason] += 1
+            first.setdefault(error.reason, (row, error))
             continue
-        prove_row(row, renderings, encode_renderings(renderings, tokenizer), saved)
+        if made.parted_turns:  # their ids are those of two texts
+            continue
+        prove_row(row, renderings, [made.encoded.sequence(number) for number in range(len(renderings))], saved)
         proved += 1
         if proved == PROVED_CONVERSATIONS:
             break
-    return proved
+    lines = []
+    for reason, _ in refused.most_common():
+        row, why = first[reason]
+        what = f"{_place(row)}: {why.detail}{_remedy(row, tokenizer, chat_template)}"
+        if looked_at == refused.total() and all_new:
+            raise DataError(f"the chat template takes none of the conversations; {reason}: {what}")
+        lines.append(f"rows are set aside by the chat template; {reason}: {what}")
+    return lines
+
+
+def _remedy(row: dict[str, Any], tokenizer: Any, chat_template: str) -> str:
+    """What would render this row."""
+    for words, changed in _changes(chat_template):
+        try:
+            encode_renderings(render_conversation(row["messages"], tokenizer, changed, tools_of(row)), tokenizer)
+        except (RowError, DataError):
+            continue
+        return f". With {words} it is rendered"
+    return "; another pack.chat_template may render it"
+
+
+def _changes(chat_template: str) -> Iterator[tuple[str, str]]:
+    """Templates to try: the values of the variables by which it chooses how an answer begins, and no thoughts."""
+    drop = [] if drops_reasoning(chat_template) else [("pack.reasoning: drop", {DROP_REASONING: True})]
+    chosen = [
+        (f"pack.template_kwargs: {{{name}: {str(value).lower()}}}", {name: value})
+        for name in SWITCHES
+        if name in chat_template
+        for value in (False, True)
+    ]
+    both = [(f"{a} and {b}", {**x, **y}) for a, x in chosen for b, y in drop]
+    yield from ((words, bind_template(chat_template, values)) for words, values in (*chosen, *drop, *both))
 
 
 def prove_row(
     row: dict[str, Any], renderings: SequenceOf[Rendering], sequences: SequenceOf[Sequence], saved: Any
 ) -> None:
     """Check the encoding of one conversation against `saved`, the tokenizer as it will be loaded for serving."""
-    where = f"{row['dataset']}, {row['file']}, row {row['row_number']}"
+    where = _place(row)
+    dropped = drops_reasoning(saved.chat_template)
+    talk = drop_thoughts(row["messages"])[0] if dropped else row["messages"]
     for rendering, sequence in zip(renderings, sequences, strict=True):
-        for turn in {span.turn: span for span in rendering.spans}.values():
-            answer = row["messages"][turn.turn]["content"] or ""
-            _prove_end(where, rendering.text[turn.start : turn.end], answer, saved)
-        if not rendering.typed and row["messages"][0]["role"] != "text":
-            messages = [plain_message(message, None) for message in row["messages"][: rendering.messages]]
-            encoded = saved.apply_chat_template(
-                messages, tools=tools_of(row), return_dict=True, tokenizer_kwargs={"verbose": False}
-            )
-            served = encoded["input_ids"]
-            if served != sequence.input_ids:
-                raise DataError(f"{where}: {_difference(sequence.input_ids, served, saved)}")
-
-
-def _prove_end(where: str, trained: str, answer: str, saved: Any) -> None:
-    if not trained.endswith(controls_of(saved).ends):
-        raise DataError(
-            f"{where}: no end token is trained after the answer {answer[-40:]!r} (trained: {trained[-60:]!r}), so the "
-            "model would never stop. The chat template must end it, inside {% generation %} marks if it has them, with "
-            "a token that the tokenizer has: eos_token, or its own <|im_end|> and the like. Else set another "
-            "pack.chat_template; `plain` needs eos_token only"
+        if rendering.typed or talk[0]["role"] == "text":
+            continue
+        messages = [plain_message(message, None) for message in talk[: rendering.messages]]
+        encoded = saved.apply_chat_template(
+            in_form(messages, rendering.form),
+            tools=tools_of(row),
+            return_dict=True,
+            tokenizer_kwargs={"verbose": False},
+            strftime_now=strftime_fixed,
         )
+        served = encoded["input_ids"]
+        if served != sequence.input_ids:
+            raise DataError(f"{where}: {_difference(sequence.input_ids, served, saved)}")
+
+
+def _place(row: dict[str, Any]) -> str:
+    return f"{row['dataset']}, {row['file']}, row {row['row_number']}"
 
 
 def _difference(trained: list[int], served: list[int], saved: Any) -> str:

@@ -1,29 +1,33 @@
 """A conversation as text, and which characters of it are trained.
 
-In: messages, a tokenizer (for the names of its special tokens), a chat template. Out: renderings, usually one. What is
-trained comes from the template's `{% generation %}` marks, else from the difference between rendered prefixes: what
-`messages[:i + 1]` adds to `messages[:i]` with the generation prompt. Where a template rewrites earlier turns (thinking
-models drop old thoughts), a turn is trained in the rendering that ends with it, as the served model writes it.
+In: messages, a tokenizer (for the names of its special tokens), a chat template. Out: renderings, usually one. A turn
+is trained from where the served prompt ends (`messages[:i]` with the generation prompt) to the token that ends the
+turn; a template's `{% generation %}` marks must cover that. Where a template rewrites earlier turns (thinking models
+drop old thoughts), a turn is trained in the rendering that ends with it, as the served model writes it.
+
+Each trained turn is proved, and a row that fails is refused by a RowError: the text before it is the served prompt; its
+own texts stand in what is trained, all messages before it in its context; it ends with a token that stops generation.
 
 Tools: a message may hold `tool_calls` (a list, or its JSON text as the store has it), `name` and `tool_call_id`, a row
-`tools`. They go to the template in Hugging Face's form; one that has no place for them is no template for such rows.
+`tools`. They go to the template in Hugging Face's form; where something is lost by that, in the other forms that
+servers feed (`FORMS`).
 """
 
-import json
 import os
-import re
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from sft_core.errors import RowError
+from sft_core.pack.controls import controls_of
+from sft_core.pack.renders import AS_STORED, Form, Renders, Tools, cloak_values, forms_of, in_form, plain_message
+from sft_core.pack.stops import Stops, stops_of
+from sft_core.pack.template import drops_reasoning
+from sft_core.pack.texts import end_of_turn_texts, prove_texts, prove_tools
+from sft_core.pack.thoughts import drop_thoughts
 
-from sft_core.errors import RecipeError, RowError
-from sft_core.pack.controls import Controls, controls_of
-from sft_core.pack.template import Span, compiled_template
-
-TOOLS_VARIABLE = re.compile(r"\btools\b")
-Tools = SequenceOf[dict[str, Any]]
+MENDED_BY_FORM = frozenset({"lost_text", "lost_thought", "tool_calls", "tools", "template_error"})
+"""Reasons for which a row is rendered again in another form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,139 +41,150 @@ class TrainedSpan:
 
 @dataclass(frozen=True, slots=True)
 class Rendering:
-    """`text` of the first `messages` messages. `typed`: contents hold special tokens' strings, cloaked in `text`."""
+    """`text` of the first `messages` messages, given to the template in `form`. `typed`: contents hold special tokens'
+    strings, cloaked in `text`. `parted`: the character at which the text is cut before it is tokenised, if any."""
 
     text: str
     spans: tuple[TrainedSpan, ...]
     messages: int
     typed: bool
+    form: Form = AS_STORED
+    parted: int | None = None
 
 
 def render_conversation(
     messages: SequenceOf[dict[str, Any]], tokenizer: Any, chat_template: str, tools: Tools | None = None
 ) -> list[Rendering]:
-    """Renderings in which every trained turn stands once. RowError if the template cannot render the messages.
+    """Renderings in which every trained turn stands once. RowError if the template cannot render the messages, or
+    renders something else than what the row says or a server will feed.
 
     `tools`: JSON schemas of the functions that the model may call, as `apply_chat_template` takes them.
     """
     controls = controls_of(tokenizer)
     if not messages:
         raise RowError("empty_conversation", "there are no messages")
+    if drops_reasoning(chat_template):
+        messages, _ = drop_thoughts(messages)
     chat = [plain_message(message, None) for message in messages]
     typed = any(controls.typed_in(message[key]) for message in chat for key in message if key != "role")
     typed = typed or (tools is not None and controls.typed_in(tools))
     if typed:
         chat = [plain_message(message, controls) for message in chat]
-        tools = _cloak(tools, controls)
+        tools = cloak_values(tools, controls)
     if any(message["role"] == "text" for message in chat):
         return [_render_text(messages, chat, tokenizer, typed)]
-    if "tool_calls" not in chat_template and any(message.get("tool_calls") for message in chat):
-        raise RowError("tool_calls", "the chat template does not render tool calls; they would be lost")
-    if tools and not TOOLS_VARIABLE.search(chat_template):
-        raise RowError("tools", "the chat template does not render tools; they would be lost")
-    renders = _Renders(chat, tokenizer, chat_template, tools)
-    whole = renders.upto(len(chat))[0]
-    groups: list[tuple[str, list[TrainedSpan], int]] = []  # last turns first
-    for turn in reversed([i for i, message in enumerate(messages) if _is_trained(message)]):
-        text, spans = renders.trained_turn(turn)
-        if groups and groups[-1][0].startswith(text):
-            groups[-1][1][:0] = spans
-        elif not groups and whole.startswith(text):
-            groups.append((whole, spans, len(chat)))
-        else:
-            groups.append((text, spans, turn + 1))
-    return [
-        Rendering(text, tuple(_trim(text, span, controls) for span in spans), count, typed)
-        for text, spans, count in reversed(groups or [(whole, [], len(chat))])
-    ]
-
-
-class _Renders:
-    """Renderings of a conversation's first messages, each made once."""
-
-    def __init__(self, chat: list[dict[str, Any]], tokenizer: Any, chat_template: str, tools: Tools | None) -> None:
-        self._chat = chat
-        self._tools = list(tools) if tools else None
-        self._tokenizer = tokenizer
-        self._template = chat_template
-        self._made: dict[tuple[int, bool], tuple[str, list[Span]]] = {}
-
-    def upto(self, count: int, prompt: bool = False) -> tuple[str, list[Span]]:
-        """Text of `messages[:count]` and what the template marks in it; with `prompt`, the opening of an answer."""
-        if (count, prompt) not in self._made:
-            self._made[count, prompt] = self._render(count, prompt) if count or prompt else ("", [])
-        return self._made[count, prompt]
-
-    def trained_turn(self, turn: int) -> tuple[str, list[TrainedSpan]]:
-        """Text up to and with message `turn`, and its trained spans."""
-        through, marks = self.upto(turn + 1)
-        if compiled_template(self._template, self._tokenizer).marked:
-            earlier = any(message["role"] == "assistant" for message in self._chat[:turn])
-            floor = _common_length(self.upto(turn)[0], through) if earlier else 0
-            spans = [TrainedSpan(start, end, turn) for start, end in marks if start >= floor and end > start]
-            if not spans:
-                raise RowError(
-                    "unmarked_turn", f"message {turn}: the template's generation marks leave this answer out"
-                )
-            return through, spans
-        prompt = self.upto(turn, prompt=True)[0]
-        start = _common_length(prompt, through)
-        if start < len(prompt) and start < len(self.upto(turn)[0]):
-            raise RowError(
-                "rewritten_prompt",
-                f"message {turn}: the template renders the messages before it otherwise once it is there, so what it "
-                "adds cannot be told; put {% generation %} marks round the answer in the template",
-            )
-        return through, [TrainedSpan(start, len(through), turn)]
-
-    def _render(self, count: int, prompt: bool) -> tuple[str, list[Span]]:
+    trained = [i for i, message in enumerate(messages) if _is_trained(message)]
+    stops = stops_of(tokenizer, chat_template)
+    first_error: RowError | None = None
+    for form in forms_of(chat):
+        renders = Renders(in_form(chat, form), tokenizer, chat_template, tools)
         try:
-            compiled = compiled_template(self._template, self._tokenizer)
-            return compiled.render(self._chat[:count], self._tools, prompt)
-        except TemplateSyntaxError as error:
-            raise RecipeError(f"pack.chat_template, line {error.lineno}: not Jinja: {error.message}") from None
-        except (TemplateError, TypeError) as error:
-            raise RowError("template_error", f"the chat template refuses messages 0..{count - 1}: {error}") from None
+            made = _proved(renders, trained, stops)
+        except RowError as error:
+            first_error = first_error or error
+            if error.reason not in MENDED_BY_FORM:
+                break
+        else:
+            return [replace(rendering, typed=typed, form=form) for rendering in made]
+    assert first_error is not None
+    raise first_error
+
+
+def _proved(renders: Renders, trained: SequenceOf[int], stops: Stops) -> list[Rendering]:
+    """Renderings in which every turn of `trained` is trained once, proved."""
+    count = len(renders.chat)
+    whole = renders.upto(count)[0]
+    groups: list[tuple[str, list[TrainedSpan], int]] = []  # last turns first
+    for turn in reversed(trained):
+        text, span = _trained_turn(renders, turn, stops)
+        to_its_end = text[: span.end]
+        if groups and groups[-1][0].startswith(to_its_end):
+            groups[-1][1].insert(0, span)
+        elif not groups and whole.startswith(to_its_end):
+            groups.append((whole, [span], count))
+        else:
+            groups.append((text, [span], turn + 1))
+    for text, spans, messages in groups:
+        prove_texts(text, renders.chat[:messages], {span.turn: (span.start, span.end) for span in spans})
+        if renders.tools:
+            prove_tools(text, renders.tools)
+    made = groups or [(whole, [], count)]
+    return [Rendering(text, tuple(spans), messages, typed=False) for text, spans, messages in reversed(made)]
+
+
+def _trained_turn(renders: Renders, turn: int, stops: Stops) -> tuple[str, TrainedSpan]:
+    """Text up to and with message `turn`, and what of it is trained: from the served prompt to the token that ends the
+    turn."""
+    through, marks = renders.upto(turn + 1)
+    start = _end_of_prompt(renders, turn, through)
+    told = end_of_turn_texts(through, (start, len(through)), renders.chat[turn], turn)
+    end = _end_of_turn(renders, turn, (start, told), stops)
+    if renders.marked:
+        at = start
+        for first, last in sorted(marks):
+            at = max(at, last) if first <= at else at
+        if at < end:
+            raise RowError(
+                "unmarked_turn",
+                f"message {turn}: the template's generation marks leave out {through[at:end][:60]!r}, which the model "
+                "has to write",
+            )
+    return through, TrainedSpan(start, end, turn)
+
+
+def _end_of_prompt(renders: Renders, turn: int, through: str) -> int:
+    """Characters of the prompt that a server feeds for message `turn`. RowError if the answer does not follow it."""
+    try:
+        prompt = renders.upto(turn, prompt=True)[0]
+    except RowError as error:
+        if turn:
+            raise
+        raise RowError("assistant_first", f"the first message is an answer: {error.detail}") from None
+    if turn == 0 and not (prompt and through.startswith(prompt)):
+        raise RowError(
+            "assistant_first",
+            "the first message is an answer, and the template has no prompt for that; put a message before it, or "
+            "give it weight 0",
+        )
+    if through.startswith(prompt):
+        return len(prompt)
+    if not through.startswith(renders.upto(turn)[0]):
+        raise RowError(
+            "rewritten_prompt",
+            f"message {turn}: the template renders the messages before it otherwise once it is there, so no server "
+            "would feed what stands before it",
+        )
+    at = len(os.path.commonprefix([prompt, through]))
+    raise RowError(
+        "served_prompt",
+        f"message {turn}: a server's prompt goes on with {prompt[at:][:40]!r}, and this answer's rendering with "
+        f"{through[at:][:40]!r}; a variable of the template (pack.template_kwargs) may choose one of the two",
+    )
+
+
+def _end_of_turn(renders: Renders, turn: int, bounds: tuple[int, int], stops: Stops) -> int:
+    """Where the turn is over: behind the token that ends it. `bounds`: where it begins, where its last text ends."""
+    through, _ = renders.upto(turn + 1)
+    start, told = bounds
+    found = stops.behind(renders, turn + 1, told)
+    if not found or found[-1][0] not in stops.strings:
+        raise RowError(
+            "no_stop",
+            f"message {turn}: no token that stops generation is behind {through[:told][-40:]!r} (there is "
+            f"{through[told:][:60]!r}), so the model would never stop. The chat template must end it with one that the "
+            "tokenizer has: eos_token, or its own <|im_end|> and the like",
+        )
+    for stop in stops.strings:
+        if through.find(stop, start, told) >= 0:
+            raise RowError(
+                "stops_early", f"message {turn}: {stop!r} ends an answer, and stands in the middle of this one"
+            )
+    return found[-1][1]
 
 
 def _is_trained(message: dict[str, Any]) -> bool:
     weight = message.get("weight")
     return message["role"] == "assistant" and (weight is None or weight > 0)
-
-
-def plain_message(message: dict[str, Any], controls: Controls | None) -> dict[str, Any]:
-    """The message as the template sees it: no weight, no empty keys, tool calls as a list, special tokens' strings
-    cloaked."""
-    kept = {key: value for key, value in message.items() if value is not None and key not in ("role", "weight")}
-    if "tool_calls" in kept:
-        kept["tool_calls"] = _dicts_in(kept["tool_calls"], "tool_calls")
-    cloaked = _cloak(kept, controls) if controls else kept
-    return {"role": message["role"], "content": "", **cloaked}
-
-
-def tools_of(row: dict[str, Any]) -> Tools | None:
-    """The tools of a stored row: its column `tools`, JSON text or null. RowError if it holds something else."""
-    return _dicts_in(row["tools"], "tools") if row.get("tools") else None
-
-
-def _dicts_in(value: Any, where: str) -> list[dict[str, Any]]:
-    """A list of mappings, or the JSON text of one."""
-    try:
-        parsed = json.loads(value) if isinstance(value, str) else value
-    except ValueError as error:
-        raise RowError("tools", f"{where} is not JSON: {error}") from None
-    if not isinstance(parsed, list) or not all(isinstance(entry, dict) for entry in parsed):
-        raise RowError("tools", f"{where} is not a list of objects: {str(value)[:80]!r}")
-    return parsed
-
-
-def _cloak(value: Any, controls: Controls) -> Any:
-    """`value` with special tokens' strings cloaked, keys of mappings included: a tool's argument may be called so."""
-    if isinstance(value, dict):
-        return {controls.cloak(key): _cloak(part, controls) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_cloak(part, controls) for part in value]
-    return controls.cloak(value)
 
 
 def _render_text(
@@ -185,15 +200,3 @@ def _render_text(
     text = bos + chat[0]["content"] + tokenizer.eos_token
     trained = messages[0].get("weight") != 0
     return Rendering(text, (TrainedSpan(len(bos), len(text), 0),) if trained else (), 1, typed)
-
-
-def _common_length(prefix: str, text: str) -> int:
-    return len(prefix) if text.startswith(prefix) else len(os.path.commonprefix([prefix, text]))
-
-
-def _trim(text: str, span: TrainedSpan, controls: Controls) -> TrainedSpan:
-    """White space after the end token is not trained: an answer is over at its end token."""
-    trained = text[span.start : span.end].rstrip()
-    if trained.endswith(controls.ends):
-        return TrainedSpan(span.start, span.start + len(trained), span.turn)
-    return span

@@ -18,9 +18,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sft_core.errors import DataError, RowError
-from sft_core.pack.encoding import IGNORE_INDEX, Encoded, label_tokens, tokenize
-from sft_core.pack.rendering import Rendering, render_conversation, tools_of
+from sft_core.pack.encoding import IGNORE_INDEX, EncodedRows, encode_rows
+from sft_core.pack.rendering import Rendering, render_conversation
+from sft_core.pack.renders import tools_of
 from sft_core.pack.tally import Counts, Tally
+from sft_core.pack.template import drops_reasoning
+from sft_core.pack.thoughts import EMPTY, drop_thoughts
 from sft_core.pack.tokenizer import SavedTokenizer, load_saved_tokenizer
 from sft_core.shard_rows import locate
 from sft_core.shards import Made
@@ -64,9 +67,7 @@ def encode_shard(task: ShardTask) -> Made:
     ):
         for records in shard.iter_batches(batch_size=BATCH_ROWS):
             rows = [(row, rendered) for row in records.to_pylist() if (rendered := work.render(row))]
-            renderings = [rendering for _, rendered in rows for rendering in rendered]
-            encodings = tokenize(renderings, work.tokenizer)
-            writer.write_batch(work.admit(rows, label_tokens(renderings, encodings, work.tokenizer)))
+            writer.write_batch(work.admit(rows, encode_rows([r for _, r in rows], work.tokenizer)))
     files = {SEQUENCE_FILES: sink.getvalue().to_pybytes()}
     if work.refused:
         files[REFUSED_FILES] = "".join(work.refused).encode()
@@ -84,21 +85,35 @@ class _Work:
 
     def render(self, row: Row) -> list[Rendering]:
         """Renderings of one row; none, and the row set aside, if the chat template has no place for it."""
+        messages, template = row["messages"], self.task.chat_template
         try:
-            return render_conversation(row["messages"], self.tokenizer, self.task.chat_template, tools=tools_of(row))
+            renderings = render_conversation(messages, self.tokenizer, template, tools=tools_of(row))
         except RowError as error:
             self._set_aside(row, error.reason, (1, 0, 0), error.detail)
             return []
+        if drops_reasoning(template):
+            self.tally.dropped_thoughts += drop_thoughts(messages)[1]
+        self.tally.empty_thoughts += sum(
+            EMPTY.match(rendering.text, span.start) is not None for rendering in renderings for span in rendering.spans
+        )
+        return renderings
 
-    def admit(self, rows: Sequence[tuple[Row, list[Rendering]]], encoded: Encoded) -> Any:
+    def admit(self, rows: Sequence[tuple[Row, list[Rendering]]], made: EncodedRows) -> Any:
         """The record batch of what is kept of one batch of rows."""
+        encoded = made.encoded
+        self.tally.parted_turns += made.parted_turns
         self.tally.typed_rows += sum(renderings[0].typed for _, renderings in rows)
         lengths, supervised = np.diff(encoded.starts), _supervised(encoded.labels, encoded.starts)
         whole = (lengths <= self.task.max_length) & (supervised > 0)
         counts = (int(whole.sum()), int(lengths[whole].sum()), int(supervised[whole].sum()))
         self.tally.enter(counts)
         self.tally.keep(counts)
-        owners = [row for row, renderings in rows for _ in renderings]
+        owners = []
+        for (row, _), count in zip(rows, made.counts, strict=True):
+            if isinstance(count, RowError):
+                self._set_aside(row, count.reason, (1, 0, 0), count.detail)
+            else:
+                owners += [row] * count
         bounds = zip(encoded.starts[:-1].tolist(), encoded.starts[1:].tolist(), strict=True)
         row_ids: list[str] = []
         kept: list[Bounds] = []

@@ -14,6 +14,9 @@ Counts = tuple[int, int, int]
 """One figure a unit."""
 
 
+FIGURES = ("split", "typed_rows", "parted_turns", "dropped_thoughts", "empty_thoughts")
+
+
 def _zeros() -> list[int]:
     return [0] * len(UNITS)
 
@@ -29,6 +32,12 @@ class Tally:
     """Sequences over `max_length` that became several."""
     typed_rows: int = 0
     """Rows in which somebody typed a special token's string."""
+    parted_turns: int = 0
+    """Answers whose beginning would merge with the last token of their prompt: sequences of their own."""
+    dropped_thoughts: int = 0
+    """Thoughts that `pack.reasoning: drop` left out."""
+    empty_thoughts: int = 0
+    """Trained answers without a thought, before which the template writes an empty one."""
 
     @classmethod
     def sum(cls, facts: Iterable[Mapping[str, Any]]) -> Self:
@@ -37,8 +46,8 @@ class Tally:
         for entry in facts:
             total.enter(entry["entered"])
             total.keep(entry["kept"])
-            total.split += entry["split"]
-            total.typed_rows += entry["typed_rows"]
+            for name in FIGURES:
+                setattr(total, name, getattr(total, name) + entry[name])
             for reason, counts in entry["set_aside"].items():
                 total.drop(reason, counts)
         return total

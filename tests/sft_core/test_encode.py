@@ -18,9 +18,9 @@ UNMARKED = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-FORGETFUL = (  # keeps thoughts (`t! answer`) of the last turn only, as thinking models' templates do
+FORGETFUL = (  # keeps thoughts (`thought # answer`) of the last turn only, as thinking models' templates do
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{{ m.content if loop.last else m.content.split('#')[-1] }}<|im_end|>\n{% endfor %}"
+    "{{ m.reasoning_content ~ ' # ' if loop.last and m.reasoning_content }}{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 ASK = {"role": "user", "content": "hi"}
@@ -113,8 +113,10 @@ def test_weight_none_on_an_answer_is_one(tokenizer: Any) -> None:
 
 
 def test_first_label_is_never_trained(tokenizer: Any) -> None:
-    messages = [{"role": "assistant", "content": "yes"}]
-    template = "{% for m in messages %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endfor %}"
+    messages = [{"role": "user", "content": ""}, {"role": "assistant", "content": "yes"}]
+    template = (
+        "{% for m in messages %}{% generation %}{{ m.content ~ eos_token if m.content }}{% endgeneration %}{% endfor %}"
+    )
     assert encode_messages(messages, tokenizer, template) == Sequence([9, 2], [NO, 2])
 
 
@@ -158,7 +160,12 @@ def test_ids_equal_apply_chat_template(tokenizer: Any) -> None:
 
 
 def test_rewriting_template_gives_a_sequence_a_turn(tokenizer: Any) -> None:
-    messages = [ASK, {"role": "assistant", "content": "no # yes"}, ASK, {"role": "assistant", "content": "no # bye"}]
+    messages = [
+        ASK,
+        {"role": "assistant", "content": "yes", "reasoning_content": "no"},
+        ASK,
+        {"role": "assistant", "content": "bye", "reasoning_content": "no"},
+    ]
     first, second = encode_conversation(messages, tokenizer, FORGETFUL)
     assert first == Sequence(
         [3, 6, 5, 8, 4, 5, 3, 7, 5, 10, 12, 9, 4, 5],
@@ -199,7 +206,16 @@ def test_two_bos_are_an_error(tokenizer: Any) -> None:
         (
             [ASK, ANSWER],
             "{{ messages[0].content }}{% if false %}{% generation %}{% endgeneration %}{% endif %}",
-            "unmarked_turn",
+            "lost_text",
+        ),
+        ([ASK, ANSWER], UNMARKED + "{% if false %}{% generation %}{% endgeneration %}{% endif %}", "unmarked_turn"),
+        ([ASK, ANSWER], "{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}", "no_stop"),
+        ([ASK, {"role": "assistant", "content": "yes", "reasoning_content": "no"}], UNMARKED, "lost_thought"),
+        ([ANSWER, ASK, ANSWER], "{% for m in messages %}{{ m.content }}</s>{% endfor %}", "assistant_first"),
+        (
+            [ASK, ANSWER],
+            UNMARKED + "{% if add_generation_prompt %}#{% endif %}",
+            "served_prompt",
         ),
     ],
 )

@@ -82,9 +82,9 @@ def test_the_report_holds_every_held_out_row_and_the_same_again(
 def test_bytes_are_the_texts_own_and_encodings_tell_templates_apart(
     tiny_model: Path, conversations: Path, tmp_path: Path
 ) -> None:
-    for template in ("chatml", "llama3_chat"):
+    for template in ("chatml", "vicuna"):
         evaluate_model(model_of(tiny_model, template=template), conversations, CONFIG, 42, tmp_path / template)
-    a, b = (read_report(tmp_path / template) for template in ("chatml", "llama3_chat"))
+    a, b = (read_report(tmp_path / template) for template in ("chatml", "vicuna"))
     assert [s.num_bytes for s in a.scores] == [s.num_bytes for s in b.scores]
     assert [s.num_bytes for s in a.scores] == [len(s.reference.encode()) for s in a.scores]
     assert all(x.encoding != y.encoding for x, y in zip(a.scores, b.scores, strict=True))

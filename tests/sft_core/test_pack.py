@@ -94,6 +94,9 @@ def test_files_and_sequences(tokenizer: Path, tmp_path: Path) -> None:
         "supervised_tokens": 6,
         "split_sequences": 0,
         "special_token_text_rows": 0,
+        "parted_turns": 0,
+        "dropped_thoughts": 0,
+        "empty_thoughts": 0,
         "epoch_sequences": 3,
         "epoch_tokens": 34,
         "packed_rows": 2,
@@ -201,7 +204,8 @@ def test_an_answer_without_end_token_is_refused(tokenizer: Path, tmp_path: Path,
     path = tmp_path / "mine.jinja"
     path.write_text(template)
     config = PackConfig(chat_template=str(path))
-    with pytest.raises(DataError, match=r"d, f.jsonl, row 0: no end token is trained after the answer 'yes'"):
+    says = r"takes none of the conversations; (no_stop|unmarked_turn): d, f.jsonl, row 0: message 1: .*"
+    with pytest.raises(DataError, match=says):
         pack_dataset(write(tmp_path / "in", [ask("hi", "yes")]), tokenizer, config, 0, tmp_path / "out")
 
 

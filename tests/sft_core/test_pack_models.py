@@ -11,10 +11,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from sft_core.artifacts import check_ledger
+from sft_core.errors import RowError
 from sft_core.pack import IGNORE_INDEX as NO
 from sft_core.pack import encode_conversation, encode_messages, load_chat_template, load_packed, pack_dataset
 from sft_core.pack.controls import controls_of
 from sft_core.pack.places import ByBytes, ByOffsets, byte_lengths, bytes_before
+from sft_core.pack.template import bind_template
 from sft_core.recipe import PackConfig
 
 SHARED = Path(__file__).parents[2].parent / "shared"
@@ -60,9 +62,14 @@ def trained(tokenizer: Any, labels: list[int]) -> str:
 
 
 def test_minimind_trains_thoughts_and_answers_up_to_the_end_token(minimind: Any) -> None:
-    sequence = encode_messages(TALK, minimind, minimind.chat_template)
+    template = bind_template(minimind.chat_template, {"open_thinking": True})
+    sequence = encode_messages(TALK, minimind, template)
     assert sequence.input_ids == minimind.apply_chat_template(TALK, return_dict=True)["input_ids"]
-    assert trained(minimind, sequence.labels) == "hm\n</think>\n\na1<|im_end|>a2<|im_end|>"
+    assert trained(minimind, sequence.labels) == "hm\n</think>\n\na1<|im_end|>\n</think>\n\na2<|im_end|>"
+    with pytest.raises(
+        RowError, match="served_prompt: message 1: a server's prompt goes on with .*pack.template_kwargs"
+    ):
+        encode_messages(TALK, minimind, minimind.chat_template)
 
 
 def test_template_that_drops_old_thoughts_gives_a_sequence_a_turn(minimind: Any) -> None:
@@ -74,6 +81,7 @@ def test_template_that_drops_old_thoughts_gives_a_sequence_a_turn(minimind: Any)
     )
     assert [minimind.chat_template.count(part) for part in old] == [1, 1]
     template = minimind.chat_template.replace(old[0], new[0]).replace(old[1], new[1])
+    template = bind_template(template, {"open_thinking": True})
     first, second = encode_conversation(TALK, minimind, template)
     assert minimind.decode(first.input_ids) == (
         "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\n<think>\nhm\n</think>\n\na1<|im_end|>\n"
@@ -83,7 +91,7 @@ def test_template_that_drops_old_thoughts_gives_a_sequence_a_turn(minimind: Any)
         "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\na1<|im_end|>\n"
         "<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\na2<|im_end|>\n"
     )
-    assert trained(minimind, second.labels) == "a2<|im_end|>"
+    assert trained(minimind, second.labels) == "\n</think>\n\na2<|im_end|>"
 
 
 @pytest.mark.parametrize("template", [None, "chatml", "qwen_chat"])

@@ -12,7 +12,9 @@ from sft_core.pack import encode_conversation, load_chat_template
 from sft_core.pack.controls import controls_of
 from sft_core.pack.encoding import IGNORE_INDEX, Sequence, encode_renderings
 from sft_core.pack.proof import prove_row
-from sft_core.pack.rendering import Rendering, plain_message, render_conversation, tools_of
+from sft_core.pack.rendering import Rendering, render_conversation
+from sft_core.pack.renders import plain_message, tools_of
+from sft_core.pack.template import bind_template
 
 MODEL = Path(__file__).parents[2].parent / "shared" / "models" / "minimind-tokenizer"
 NONE = {"weight": None, "tool_calls": None, "name": None, "tool_call_id": None}
@@ -54,7 +56,7 @@ def qwen3(minimind: Any) -> str:
     for old, new in changes.items():
         assert template.count(old) == 1
         template = template.replace(old, new)
-    return template
+    return bind_template(template, {"open_thinking": True})
 
 
 def trained_texts(renderings: list[Rendering]) -> list[list[str]]:
@@ -119,7 +121,7 @@ def test_rewriting_template_keeps_a_tool_talk_in_one_sequence(minimind: Any, qwe
     thinking = [ASK, {**CALL, "content": "<think>\nask\n</think>\n\n"}, RESULT, ANSWER]
     renderings = render_conversation(thinking, minimind, qwen3)
     assert trained_texts(renderings) == [
-        [f"ask\n</think>\n\n{CALL_TEXT}<|im_end|>", "No, 12 C.<|im_end|>"],
+        [f"ask\n</think>\n\n{CALL_TEXT}<|im_end|>", "\n</think>\n\nNo, 12 C.<|im_end|>"],
     ]
 
 
@@ -128,7 +130,7 @@ def test_rewriting_template_parts_a_tool_talk_at_the_next_request(minimind: Any,
     more = [*thinking, {**ASK, "content": "Wet?"}, {**ANSWER, "content": "<think>\nhm\n</think>\n\nYes."}]
     first, second = render_conversation(more, minimind, qwen3, tools=TOOLS)
     assert trained_texts([first, second]) == [
-        [f"ask\n</think>\n\n{CALL_TEXT}<|im_end|>", "No, 12 C.<|im_end|>"],
+        [f"ask\n</think>\n\n{CALL_TEXT}<|im_end|>", "\n</think>\n\nNo, 12 C.<|im_end|>"],
         ["hm\n</think>\n\nYes.<|im_end|>"],
     ]
     assert (first.messages, second.messages) == (4, 6)
@@ -154,8 +156,9 @@ def test_thoughts_without_tools_in_a_rewriting_template(minimind: Any, qwen3: st
 @pytest.mark.parametrize(
     ("change", "tools", "template", "reason"),
     [
-        ({}, None, "qwen_chat", "tool_calls"),
-        ({"tool_calls": None, "content": "ok"}, TOOLS, "qwen_chat", "tools"),
+        ({}, None, "qwen_chat", "template_error"),  # the role tool
+        ({}, None, "chatml", "tool_calls"),
+        ({"tool_calls": None, "content": "ok"}, TOOLS, "chatml", "tools"),
         ({"tool_calls": None, "content": "ok"}, None, "qwen_chat", "template_error"),  # the role tool
         ({"tool_calls": "[{"}, None, None, "tools"),
         ({"tool_calls": '{"name": "weather"}'}, None, None, "tools"),

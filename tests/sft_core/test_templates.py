@@ -16,8 +16,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from sft_core.errors import ModelError, RecipeError, RowError
 from sft_core.pack import load_chat_template, shipped_templates
-from sft_core.pack.chat_templates import stop_token_ids
 from sft_core.pack.rendering import render_conversation
+from sft_core.pack.stops import stop_token_ids
 from sft_core.pack.template import compiled_template
 
 MESSAGES = [
