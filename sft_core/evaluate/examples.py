@@ -103,7 +103,7 @@ def read_examples(
     if not examples:
         raise DataError(
             f"{conversations}: of {rows_in} held-out conversations none can be scored ({dict(set_aside)}); "
-            f"raise pack.max_length ({max_length}) or eval_fraction, or look at pack's quarantine for the template's reasons"
+            f"raise pack.max_length ({max_length}) or eval_fraction, or see what pack says of the template"
         )
     return examples, {"in": rows_in, "out": len(examples), "set_aside": dict(set_aside)}
 
