@@ -13,9 +13,11 @@ With the shipped `plain` template and a tokenizer of words (it is in tests/sft_c
     -100  -100   -100  -100  -100  -100  -100       -100  8    1     -100    labels
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from itertools import chain
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -25,6 +27,7 @@ from sft_core.errors import DataError, RowError
 from sft_core.pack.controls import controls_of
 from sft_core.pack.places import ByBytes, ByOffsets, Numbers, byte_lengths, bytes_before
 from sft_core.pack.rendering import Rendering, TrainedSpan, render_conversation
+from sft_core.pack.template import bind_template
 
 KNOWN_CHARACTERS = 64
 """Ends of prompts up to so long are tokenised once."""
@@ -54,9 +57,14 @@ class Encoded:
         return Sequence(self.ids[here].tolist(), self.labels[here].tolist())
 
 
-def encode_messages(messages: SequenceOf[dict[str, Any]], tokenizer: Any, chat_template: str) -> Sequence:
+def encode_messages(
+    messages: SequenceOf[dict[str, Any]],
+    tokenizer: Any,
+    chat_template: str,
+    template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+) -> Sequence:
     """The one sequence of a conversation. DataError if the template makes more of it."""
-    sequences = encode_conversation(messages, tokenizer, chat_template)
+    sequences = encode_conversation(messages, tokenizer, chat_template, template_kwargs=template_kwargs)
     if len(sequences) != 1:
         raise DataError(
             f"the chat template rewrites earlier turns, so this conversation of {len(messages)} messages makes "
@@ -70,9 +78,15 @@ def encode_conversation(
     tokenizer: Any,
     chat_template: str,
     tools: SequenceOf[dict[str, Any]] | None = None,
+    template_kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[Sequence]:
-    """Sequences in which every trained turn is trained once: one, unless the template rewrites earlier turns."""
-    return encode_renderings(render_conversation(messages, tokenizer, chat_template, tools=tools), tokenizer)
+    """Sequences in which every trained turn is trained once: one, unless the template rewrites earlier turns. RowError
+    where something else would be trained than the messages say, or behind another prompt than a server feeds.
+
+    `tools`: JSON schemas of the functions that may be called. `template_kwargs`: variables of the template.
+    """
+    bound = bind_template(chat_template, template_kwargs)
+    return encode_renderings(render_conversation(messages, tokenizer, bound, tools=tools), tokenizer)
 
 
 def encode_renderings(renderings: SequenceOf[Rendering], tokenizer: Any) -> list[Sequence]:

@@ -96,17 +96,19 @@ def prove_row(
     for rendering, sequence in zip(renderings, sequences, strict=True):
         if rendering.typed or talk[0]["role"] == "text":
             continue
-        messages = [plain_message(message, None) for message in talk[: rendering.messages]]
+        messages = [plain_message(message, None) for message in talk[: rendering.messages - rendering.composed]]
         encoded = saved.apply_chat_template(
             in_form(messages, rendering.form),
             tools=tools_of(row),
+            add_generation_prompt=rendering.composed,
             return_dict=True,
             tokenizer_kwargs={"verbose": False},
             strftime_now=strftime_fixed,
         )
         served = encoded["input_ids"]
-        if served != sequence.input_ids:
-            raise DataError(f"{where}: {_difference(sequence.input_ids, served, saved)}")
+        trained = sequence.input_ids[: len(served)] if rendering.composed else sequence.input_ids
+        if served != trained:
+            raise DataError(f"{where}: {_difference(trained, served, saved)}")
 
 
 def _place(row: dict[str, Any]) -> str:

@@ -42,7 +42,8 @@ class TrainedSpan:
 @dataclass(frozen=True, slots=True)
 class Rendering:
     """`text` of the first `messages` messages, given to the template in `form`. `typed`: contents hold special tokens'
-    strings, cloaked in `text`. `parted`: the character at which the text is cut before it is tokenised, if any."""
+    strings, cloaked in `text`. `parted`: the character at which the text is cut before it is tokenised, if any.
+    `composed`: the text is a served prompt and the last message as the template writes it behind other ones."""
 
     text: str
     spans: tuple[TrainedSpan, ...]
@@ -50,6 +51,7 @@ class Rendering:
     typed: bool
     form: Form = AS_STORED
     parted: int | None = None
+    composed: bool = False
 
 
 def render_conversation(
@@ -81,7 +83,7 @@ def render_conversation(
         try:
             made = _proved(renders, trained, stops)
         except RowError as error:
-            first_error = first_error or error
+            first_error = first_error or RowError(error.reason, controls.uncloak(error.detail))
             if error.reason not in MENDED_BY_FORM:
                 break
         else:
@@ -94,29 +96,33 @@ def _proved(renders: Renders, trained: SequenceOf[int], stops: Stops) -> list[Re
     """Renderings in which every turn of `trained` is trained once, proved."""
     count = len(renders.chat)
     whole = renders.upto(count)[0]
-    groups: list[tuple[str, list[TrainedSpan], int]] = []  # last turns first
+    groups: list[tuple[str, list[TrainedSpan], int, bool]] = []  # last turns first
     for turn in reversed(trained):
-        text, span = _trained_turn(renders, turn, stops)
+        text, span, composed = _trained_turn(renders, turn, stops)
         to_its_end = text[: span.end]
         if groups and groups[-1][0].startswith(to_its_end):
             groups[-1][1].insert(0, span)
         elif not groups and whole.startswith(to_its_end):
-            groups.append((whole, [span], count))
+            groups.append((whole, [span], count, False))
         else:
-            groups.append((text, [span], turn + 1))
-    for text, spans, messages in groups:
+            groups.append((text, [span], turn + 1, composed))
+    for text, spans, messages, _ in groups:
         prove_texts(text, renders.chat[:messages], {span.turn: (span.start, span.end) for span in spans})
         if renders.tools:
             prove_tools(text, renders.tools)
-    made = groups or [(whole, [], count)]
-    return [Rendering(text, tuple(spans), messages, typed=False) for text, spans, messages in reversed(made)]
+    made = groups or [(whole, [], count, False)]
+    return [
+        Rendering(text, tuple(spans), messages, typed=False, composed=composed)
+        for text, spans, messages, composed in reversed(made)
+    ]
 
 
-def _trained_turn(renders: Renders, turn: int, stops: Stops) -> tuple[str, TrainedSpan]:
+def _trained_turn(renders: Renders, turn: int, stops: Stops) -> tuple[str, TrainedSpan, bool]:
     """Text up to and with message `turn`, and what of it is trained: from the served prompt to the token that ends the
-    turn."""
+    turn. And whether the text was put together: of that prompt and the answer."""
     through, marks = renders.upto(turn + 1)
-    start = _end_of_prompt(renders, turn, through)
+    prompt = _prompt(renders, turn)
+    start = _start_of_answer(renders, turn, prompt)
     told = end_of_turn_texts(through, (start, len(through)), renders.chat[turn], turn)
     end = _end_of_turn(renders, turn, (start, told), stops)
     if renders.marked:
@@ -129,26 +135,40 @@ def _trained_turn(renders: Renders, turn: int, stops: Stops) -> tuple[str, Train
                 f"message {turn}: the template's generation marks leave out {through[at:end][:60]!r}, which the model "
                 "has to write",
             )
-    return through, TrainedSpan(start, end, turn)
+    if through.startswith(prompt):
+        return through, TrainedSpan(start, end, turn), False
+    return prompt + through[start:end], TrainedSpan(len(prompt), len(prompt) + end - start, turn), True
 
 
-def _end_of_prompt(renders: Renders, turn: int, through: str) -> int:
-    """Characters of the prompt that a server feeds for message `turn`. RowError if the answer does not follow it."""
+def _prompt(renders: Renders, turn: int) -> str:
+    """What a server feeds for message `turn`."""
     try:
         prompt = renders.upto(turn, prompt=True)[0]
     except RowError as error:
         if turn:
             raise
         raise RowError("assistant_first", f"the first message is an answer: {error.detail}") from None
-    if turn == 0 and not (prompt and through.startswith(prompt)):
+    if turn == 0 and not (prompt and renders.upto(1)[0].startswith(prompt)):
         raise RowError(
             "assistant_first",
             "the first message is an answer, and the template has no prompt for that; put a message before it, or "
             "give it weight 0",
         )
+    return prompt
+
+
+def _start_of_answer(renders: Renders, turn: int, prompt: str) -> int:
+    """Where the answer begins in the rendering that ends with it. Templates that end a tool's result otherwise while
+    it is the last message render other texts before the answer than in the prompt; what opens an answer is the same.
+    RowError if it is not."""
+    through, before = renders.upto(turn + 1)[0], renders.upto(turn)[0]
     if through.startswith(prompt):
         return len(prompt)
-    if not through.startswith(renders.upto(turn)[0]):
+    opening = prompt[len(os.path.commonprefix([prompt, before])) :]
+    at = through.rfind(opening) if controls_of(renders.tokenizer).pattern.search(opening) else -1
+    if at >= 0:
+        return at + len(opening)
+    if not through.startswith(before):
         raise RowError(
             "rewritten_prompt",
             f"message {turn}: the template renders the messages before it otherwise once it is there, so no server "
