@@ -6,13 +6,15 @@ the row: ids that the saved tokenizer with its chat template does not reproduce.
 `rendering` and `encoding`; two BOS in a row are refused by the encoding itself.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from sft_core.errors import DataError, RowError
+from sft_core.pack.chat_templates import shipped_templates
 from sft_core.pack.encoding import Sequence, encode_renderings, encode_rows
 from sft_core.pack.rendering import Rendering, render_conversation
 from sft_core.pack.renders import in_form, plain_message, tools_of
@@ -22,6 +24,7 @@ from sft_core.pack.thoughts import drop_thoughts
 PROVED_CONVERSATIONS = 20
 ROWS_LOOKED_AT = 1_000
 """The chat template may refuse some."""
+CONTROL = re.compile(r"<[|｜][^<>{}']+[|｜]>")
 SWITCHES = ("enable_thinking", "thinking", "open_thinking")
 """Variables by which templates choose how an answer begins; Qwen's and GLM's, DeepSeek's and Granite's, minimind's."""
 
@@ -64,7 +67,7 @@ def prove_rows(
 
 def _remedy(row: dict[str, Any], tokenizer: Any, chat_template: str) -> str:
     """What would render this row."""
-    for words, changed in _changes(chat_template):
+    for words, changed in chain(_changes(chat_template), _shipped(tokenizer)):
         try:
             encode_renderings(render_conversation(row["messages"], tokenizer, changed, tools_of(row)), tokenizer)
         except (RowError, DataError):
@@ -84,6 +87,15 @@ def _changes(chat_template: str) -> Iterator[tuple[str, str]]:
     ]
     both = [(f"{a} and {b}", {**x, **y}) for a, x in chosen for b, y in drop]
     yield from ((words, bind_template(chat_template, values)) for words, values in (*chosen, *drop, *both))
+
+
+def _shipped(tokenizer: Any) -> Iterator[tuple[str, str]]:
+    """Shipped templates whose control tokens are all the tokenizer's."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    for name, text in shipped_templates().items():
+        controls = set(CONTROL.findall(text))
+        if controls and controls <= added:
+            yield f"pack.chat_template: {name}", text
 
 
 def prove_row(

@@ -24,8 +24,10 @@ from sft_core.pack.renders import AS_STORED, Form, Renders, Tools, cloak_values,
 from sft_core.pack.stops import Stops, stops_of
 from sft_core.pack.template import drops_reasoning
 from sft_core.pack.texts import end_of_turn_texts, prove_texts, prove_tools
-from sft_core.pack.thoughts import drop_thoughts
+from sft_core.pack.thoughts import EMPTY, drop_thoughts, thinks_inline
 
+ENDING_CHARACTERS = 40
+"""An empty thought that a prompt ends with is within so many."""
 MENDED_BY_FORM = frozenset({"lost_text", "lost_thought", "tool_calls", "tools", "template_error"})
 """Reasons for which a row is rendered again in another form."""
 
@@ -125,6 +127,7 @@ def _trained_turn(renders: Renders, turn: int, stops: Stops) -> tuple[str, Train
     start = _start_of_answer(renders, turn, prompt)
     told = end_of_turn_texts(through, (start, len(through)), renders.chat[turn], turn)
     end = _end_of_turn(renders, turn, (start, told), stops)
+    _check_thought(renders.chat[turn], turn, through, start)
     if renders.marked:
         at = start
         for first, last in sorted(marks):
@@ -200,6 +203,18 @@ def _end_of_turn(renders: Renders, turn: int, bounds: tuple[int, int], stops: St
                 "stops_early", f"message {turn}: {stop!r} ends an answer, and stands in the middle of this one"
             )
     return found[-1][1]
+
+
+def _check_thought(message: dict[str, Any], turn: int, through: str, start: int) -> None:
+    """A template may write an empty thought before one that it did not see, or its prompt may say not to think."""
+    if not (message.get("reasoning_content") or thinks_inline(message)):
+        return
+    if EMPTY.match(through, start):
+        raise RowError("lost_thought", f"message {turn}: the chat template writes an empty thought before its thought")
+    if EMPTY.search(through, max(0, start - ENDING_CHARACTERS), start):
+        raise RowError(
+            "served_prompt", f"message {turn}: the prompt ends with an empty thought, and the answer has one"
+        )
 
 
 def _is_trained(message: dict[str, Any]) -> bool:

@@ -19,6 +19,10 @@ from sft_core.pack.template import Span, compiled_template
 from sft_core.pack.thoughts import thinks_inline, without_thought
 
 Tools = SequenceOf[dict[str, Any]]
+KEYS = frozenset({"content", "tool_calls", "name", "tool_call_id", "reasoning_content"})
+"""What a message can hold beside `role` and `weight`."""
+REASONING_ALIASES = ("reasoning", "thinking")
+"""Older names of `reasoning_content`."""
 NEXT = "next"
 """A user's message that shows how a rendering goes on."""
 
@@ -116,13 +120,27 @@ class Renders:
 
 
 def plain_message(message: dict[str, Any], controls: Controls | None) -> dict[str, Any]:
-    """The message as the template sees it: no weight, no empty keys, tool calls as a list, special tokens' strings
-    cloaked."""
+    """The message as the template sees it: no weight, no empty keys, tool calls as a list, text parts as one
+    text, special tokens' strings cloaked. RowError for what nobody would see in a rendering."""
     kept = {key: value for key, value in message.items() if value is not None and key not in ("role", "weight")}
+    for alias in REASONING_ALIASES:
+        if alias in kept:
+            kept.setdefault("reasoning_content", kept.pop(alias))
+    if isinstance(kept.get("content"), list):
+        kept["content"] = "".join(map(_text_of_part, kept["content"]))
+    for key in kept.keys() - KEYS:
+        raise RowError("unknown_key", f"a message's {key!r} would not be rendered; known are {', '.join(sorted(KEYS))}")
     if "tool_calls" in kept:
         kept["tool_calls"] = _dicts_in(kept["tool_calls"], "tool_calls")
     cloaked = cloak_values(kept, controls) if controls else kept
     return {"role": message["role"], "content": "", **cloaked}
+
+
+def _text_of_part(part: Any) -> str:
+    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        raise RowError("content_part", f"a content part that is no text cannot be rendered: {str(part)[:80]!r}")
+    text: str = part["text"]
+    return text
 
 
 def tools_of(row: dict[str, Any]) -> Tools | None:

@@ -8,6 +8,7 @@ import os
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import takewhile
 from typing import Any
 
 from sft_core.errors import ModelError, RowError
@@ -38,11 +39,13 @@ PROBES: tuple[tuple[dict[str, Any], Tools | None], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Stops:
-    """`strings` end an answer. `candidates` matches every token that might; `eos` does for sure."""
+    """`strings` end an answer. `candidates` matches every token that might; `eos` does for sure, `openers` stand before
+    a user's text: a template may write the next one at once."""
 
     strings: tuple[str, ...]
     candidates: re.Pattern[str]
     eos: str | None
+    openers: frozenset[str]
 
     def behind(self, renders: Renders, count: int, told: int) -> list[tuple[str, int]]:
         """The tokens that follow the last text of message `count - 1`, which ends at `told`, and where each ends; with
@@ -56,7 +59,8 @@ class Stops:
                 kept = len(through)
             found = [entry for entry in found if entry[1] <= kept] or found
         eos = next((place for place, (token, _) in enumerate(found) if token == self.eos), len(found))
-        return found[: eos + 1]
+        found = found[: eos + 1]
+        return list(takewhile(lambda entry: entry[0] not in self.openers, found)) or found
 
 
 @lru_cache(maxsize=32)
@@ -64,15 +68,16 @@ def stops_of(tokenizer: Any, chat_template: str) -> Stops:
     """The stops of a template with a tokenizer. Its eos is one, whatever the template writes."""
     controls = controls_of(tokenizer)
     eos = tokenizer.eos_token
-    found = _found(Stops((), controls.pattern, eos), tokenizer, chat_template)
+    openers = _openers(controls.pattern, tokenizer, chat_template)
+    found = _found(Stops((), controls.pattern, eos, openers), tokenizer, chat_template)
     if not found:  # tokenizers whose <|im_end|> is an added token like others
         added = re.compile(
             "|".join(re.escape(token) for token in sorted(controls.ends, key=len, reverse=True)) or "(?!)"
         )
-        found = _found(Stops((), added, eos), tokenizer, chat_template, PROBES[:1])
+        found = _found(Stops((), added, eos, frozenset()), tokenizer, chat_template, PROBES[:1])
     strings = tuple(dict.fromkeys([*found, *([eos] if eos is not None else [])]))
     words = sorted({*controls.ids, *strings}, key=lambda word: (-len(word), word))
-    return Stops(strings, re.compile("|".join(map(re.escape, words)) or "(?!)"), eos)
+    return Stops(strings, re.compile("|".join(map(re.escape, words)) or "(?!)"), eos, openers)
 
 
 def stop_token_ids(tokenizer: Any, chat_template: str) -> list[int]:
@@ -87,6 +92,16 @@ def stop_token_ids(tokenizer: Any, chat_template: str) -> list[int]:
             "tokenizer has no eos_token; set one in tokenizer_config.json"
         )
     return list(dict.fromkeys(ids))
+
+
+def _openers(pattern: re.Pattern[str], tokenizer: Any, chat_template: str) -> frozenset[str]:
+    """The special token that stands last before a user's text."""
+    try:
+        asked = Renders([_ASK], tokenizer, chat_template, None).upto(1)[0]
+    except RowError:
+        return frozenset()
+    before = asked.partition(_ASK["content"])[0]
+    return frozenset(pattern.findall(before)[-1:])
 
 
 def _found(stops: Stops, tokenizer: Any, chat_template: str, probes: Any = PROBES) -> list[str]:

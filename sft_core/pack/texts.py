@@ -64,6 +64,8 @@ def _find_message(text: str, bounds: Bounds, message: Message, place: int, own: 
     cursor, end = bounds
     content = text_of_content(message)
     found = _find(text, content, cursor, end)
+    if found is not None and _is_printed_list(text, bounds, message):
+        found = None
     if found is None and (parts := without_thought(content)) is not None and message["role"] == "assistant":
         thought, rest = parts
         if own and thought.strip():
@@ -82,6 +84,12 @@ def _find_message(text: str, bounds: Bounds, message: Message, place: int, own: 
     for call in message.get("tool_calls") or ():
         found = _find_call(text, (found, end), call, place)
     return found
+
+
+def _is_printed_list(text: str, bounds: Bounds, message: Message) -> bool:
+    """Whether the template writes a list of content parts as Python does."""
+    parts = message.get("content")
+    return isinstance(parts, list) and any(text.find(repr(part), *bounds) >= 0 for part in parts)
 
 
 def _find_system(text: str, bounds: Bounds, message: Message, place: int, taken: set[int]) -> int:
