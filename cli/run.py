@@ -134,8 +134,8 @@ def _retrain(recipe: str, resolved: Any, overrides: dict[str, Any]) -> "tuple[An
     from cli.summary import Ended
     from sft_core.plan import plan_recipe
 
-    print(f"planning {resolved.name}: hashing the sources and the base model", file=sys.stderr, flush=True)
     with telling(lambda: "while planning; nothing was begun"):
+        print(f"planning {resolved.name}: hashing the sources and the base model", file=sys.stderr, flush=True)
         plan = plan_recipe(resolved)
     with telling(lambda: reached_in(resolved, plan)):
         ended = Ended(_registered_already(resolved, plan))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -138,11 +139,14 @@ class Stack:
         answer.raise_for_status()
         return answer.json() if answer.content else None
 
-    def run_deployment(self, name: str, parameters: Mapping[str, Any]) -> str:
-        """Start `flow/deployment`; the flow run's id."""
+    def run_deployment(self, name: str, parameters: Mapping[str, Any], at: datetime | None = None) -> str:
+        """Start `flow/deployment`, now or `at` that time; the flow run's id."""
         flow, _, deployment = name.partition("/")
         found = self.api("GET", f"/deployments/name/{flow}/{deployment}")
-        return str(self.api("POST", f"/deployments/{found['id']}/create_flow_run", {"parameters": parameters})["id"])
+        body: dict[str, Any] = {"parameters": parameters}
+        if at is not None:
+            body["state"] = {"type": "SCHEDULED", "state_details": {"scheduled_time": at.isoformat()}}
+        return str(self.api("POST", f"/deployments/{found['id']}/create_flow_run", body)["id"])
 
     def flow_run(self, run_id: str) -> dict[str, Any]:
         """One flow run as the API gives it."""

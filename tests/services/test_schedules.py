@@ -1,7 +1,7 @@
 """A cron that is left alone ends in a registered version, over a restart of the server and a night that it missed."""
 
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -87,8 +87,9 @@ def test_a_crashed_retraining_that_the_automations_forgot_is_started_again(stack
     for automation in stack.api("POST", "/automations/filter", {}):
         stack.api("PATCH", f"/automations/{automation['id']}", {"enabled": False})
     began = datetime.now(UTC)
-    run = stack.run_deployment("retrain/on-demand", {"recipe": "no-such-recipe.yaml"})
-    never_started = stack.run_deployment("retrain/on-demand", {"recipe": "no-such-recipe.yaml"})
+    later = began + timedelta(hours=1)  # no worker takes them meanwhile
+    run = stack.run_deployment("retrain/on-demand", {"recipe": "no-such-recipe.yaml"}, later)
+    never_started = stack.run_deployment("retrain/on-demand", {"recipe": "no-such-recipe.yaml"}, later)
     for number, states in ((run, ("RUNNING", "CRASHED")), (never_started, ("CRASHED",))):
         for state in states:
             stack.api("POST", f"/flow_runs/{number}/set_state", {"state": {"type": state}, "force": True})

@@ -296,6 +296,7 @@ def test_the_demo_runs_from_the_wheel(new_environment: Path, tmp_path: Path) -> 
     )
     short = ["--set", "train.max_steps=2", "--set", "evaluate.max_generated_rows=4"]
     short += ["--set", "evaluate.primary_metric=loss"]  # four answers are too few to judge by
+    short += ["--set", "register.max_unfinished_increase=1"]  # two steps teach nobody to end an answer
     printed = done([sft, "run", "demo", *short], tmp_path, 2 * RUN_SECONDS)
     assert "making a tiny base model" in printed
     assert "verdict" in printed
