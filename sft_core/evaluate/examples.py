@@ -16,8 +16,8 @@ from sft_core.pack import IGNORE_INDEX, Sequence, tools_of
 from sft_core.pack.encoding import encode_renderings
 from sft_core.pack.rendering import render_conversation
 from sft_core.pack.renders import AS_STORED, Form, Tools, in_form, plain_message
-from sft_core.pack.template import drops_reasoning, strftime_fixed
-from sft_core.pack.thoughts import drop_thoughts
+from sft_core.pack.template import strftime_fixed
+from sft_core.pack.wanted import wanted_of
 
 Messages = list[dict[str, Any]]
 
@@ -114,9 +114,7 @@ def scorable_examples(
     """Held-out conversations that can be scored, in order; the others are counted in `set_aside`, by reason."""
     for row in held_out_rows(conversations):
         try:
-            tools, messages = tools_of(row), row["messages"]
-            if drops_reasoning(template):
-                messages, _ = drop_thoughts(messages)
+            tools, messages = tools_of(row), wanted_of(row["messages"], template)
             renderings = render_conversation(messages, tokenizer, template, tools)
             sequences = encode_renderings(renderings, tokenizer)
         except RowError as error:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_core.errors import RecipeError
-from sft_core.pack.template import DROP_REASONING, bind_template
+from sft_core.pack.template import DROP_REASONING, LAST_ANSWER_ONLY, bind_template
 from sft_core.recipe import PackConfig
 
 SUFFIX = ".jinja"
@@ -31,8 +31,9 @@ ALIASES = {
 
 def template_of(config: PackConfig, tokenizer: Any = None) -> str:
     """The recipe's chat template with the values of its variables in it. RecipeError if there is none."""
-    dropped = {DROP_REASONING: True} if config.reasoning == "drop" else {}
-    return bind_template(load_chat_template(config.chat_template, tokenizer), {**config.template_kwargs, **dropped})
+    own = {DROP_REASONING: config.reasoning == "drop", LAST_ANSWER_ONLY: config.train_on == "last"}
+    chosen = {name: value for name, value in own.items() if value}
+    return bind_template(load_chat_template(config.chat_template, tokenizer), {**config.template_kwargs, **chosen})
 
 
 def load_chat_template(name: str | None, tokenizer: Any = None) -> str:

@@ -38,6 +38,8 @@ from sft_core.shards import Sharding, ShardJob, ShardWriter, build_shards, read_
 
 STEP_VERSION = 4
 """Raised when the step's output changes for the same input."""
+CHOSEN = frozenset({"truncated", "split_border"})
+"""Reasons that a recipe asks for: `pack.overlong: truncate` and `split`."""
 TRAIN_FILES = "train/*.parquet"
 QUARANTINE = "quarantine/part-00000.jsonl"
 
@@ -71,10 +73,9 @@ def pack_dataset(
     writer.close()
     _write_quarantine(out, writer)
     tally = Tally.sum(shard.facts for shard in writer.shards)
-    if not tally.kept[0]:
-        raise DataError(
-            f"{conversations}: nothing is left to train on: {tally.reasons()}; max_length is {config.max_length}"
-        )
+    _check_losses(conversations, tally, config)
+    if set_aside := tally.reasons():
+        sharding.on_line(f"note: of {tally.entered[0]:,} sequences are set aside: {set_aside}")
     if tally.empty_thoughts:
         sharding.on_line(
             f"note: {tally.empty_thoughts} trained answers have no thought, and the chat template writes an empty one "
@@ -86,6 +87,31 @@ def pack_dataset(
     named = {"chat_template": config.chat_template or "the tokenizer's own", "max_length": config.max_length}
     pad = {"pad_token": loaded.pad_token, "pad_token_is_eos": padded_with_eos}
     return Outcome(ledger=tally.ledger(), facts={**_figures(tally), **epoch, **named, **pad})
+
+
+def _check_losses(conversations: Path, tally: Tally, config: PackConfig) -> None:
+    """DataError if nothing is left, or more was set aside than the recipe allows."""
+    if not tally.kept[0]:
+        why = tally.reasons() or "no rows came in"
+        raise DataError(f"{conversations}: nothing is left to train on: {why}; max_length is {config.max_length}")
+    for at, unit in ((0, "sequences"), (2, "trained tokens")):
+        lost = sum(counts[at] for reason, counts in tally.set_aside.items() if reason not in CHOSEN)
+        if lost > config.max_quarantined_fraction * tally.entered[at]:
+            raise DataError(
+                f"{lost:,} of {tally.entered[at]:,} {unit} ({lost / tally.entered[at]:.1%}) are set aside, and "
+                f"pack.max_quarantined_fraction allows {config.max_quarantined_fraction:.1%}: {tally.reasons()}. "
+                f"{_advice(tally, config)}, or raise the limit"
+            )
+
+
+def _advice(tally: Tally, config: PackConfig) -> str:
+    """What to do about the commonest reason."""
+    commonest = max(set(tally.set_aside) - CHOSEN, key=lambda reason: tally.set_aside[reason][0])
+    if commonest == "overlong":
+        return f"Raise pack.max_length ({config.max_length}), set pack.overlong to split or truncate"
+    if commonest == "no_supervised_token":
+        return "Look at these rows with sft data preview: no answer in them is trained"
+    return "Set another pack.chat_template or its variables (docs/chat-templates.md), or fix these rows"
 
 
 def _jobs(conversations: Path, saved: SavedTokenizer, template: str, config: PackConfig) -> list[ShardJob]:

@@ -19,7 +19,7 @@ from sft_core.pack.encoding import Sequence, encode_renderings, encode_rows
 from sft_core.pack.rendering import Rendering, render_conversation
 from sft_core.pack.renders import in_form, plain_message, tools_of
 from sft_core.pack.template import DROP_REASONING, bind_template, drops_reasoning, strftime_fixed
-from sft_core.pack.thoughts import drop_thoughts
+from sft_core.pack.wanted import wanted_of
 
 PROVED_CONVERSATIONS = 20
 ROWS_LOOKED_AT = 1_000
@@ -103,8 +103,7 @@ def prove_row(
 ) -> None:
     """Check the encoding of one conversation against `saved`, the tokenizer as it will be loaded for serving."""
     where = _place(row)
-    dropped = drops_reasoning(saved.chat_template)
-    talk = drop_thoughts(row["messages"])[0] if dropped else row["messages"]
+    talk = wanted_of(row["messages"], saved.chat_template)
     for rendering, sequence in zip(renderings, sequences, strict=True):
         if rendering.typed or talk[0]["role"] == "text":
             continue

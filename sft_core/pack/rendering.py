@@ -22,9 +22,9 @@ from sft_core.errors import RowError
 from sft_core.pack.controls import controls_of
 from sft_core.pack.renders import AS_STORED, Form, Renders, Tools, cloak_values, forms_of, in_form, plain_message
 from sft_core.pack.stops import Stops, stops_of
-from sft_core.pack.template import drops_reasoning
 from sft_core.pack.texts import end_of_turn_texts, prove_texts, prove_tools
-from sft_core.pack.thoughts import EMPTY, drop_thoughts, thinks_inline
+from sft_core.pack.thoughts import EMPTY, thinks_inline
+from sft_core.pack.wanted import wanted_of
 
 ENDING_CHARACTERS = 40
 """An empty thought that a prompt ends with is within so many."""
@@ -67,8 +67,7 @@ def render_conversation(
     controls = controls_of(tokenizer)
     if not messages:
         raise RowError("empty_conversation", "there are no messages")
-    if drops_reasoning(chat_template):
-        messages, _ = drop_thoughts(messages)
+    messages = wanted_of(messages, chat_template)
     chat = [plain_message(message, None) for message in messages]
     typed = any(controls.typed_in(message[key]) for message in chat for key in message if key != "role")
     typed = typed or (tools is not None and controls.typed_in(tools))

@@ -80,9 +80,9 @@ class Tally:
         }
 
     def reasons(self) -> str:
-        """Why sequences were set aside, commonest first, for a message."""
-        counts = Counter({reason: entry[0] for reason, entry in self.set_aside.items()})
-        return ", ".join(f"{count} {reason}" for reason, count in counts.most_common()) or "no rows came in"
+        """Why sequences were set aside, commonest first, for a message; empty if none were."""
+        counts = Counter({reason: entry[0] for reason, entry in self.set_aside.items() if entry[0]})
+        return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
 
 
 def _add(figures: list[int], counts: Iterable[int]) -> None:

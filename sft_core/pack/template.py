@@ -28,6 +28,8 @@ FIXED_DATE = "2026-01-01"
 """Where the recipe does not name one. Today's would give the same rows other tokens tomorrow."""
 DROP_REASONING = "drop_reasoning"
 """Another one: whether rows lose their thoughts before they are rendered (`pack.reasoning: drop`)."""
+LAST_ANSWER_ONLY = "last_answer_only"
+"""And whether only the last answer of a row is trained (`pack.train_on: last`)."""
 GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception"})
 """Variables that are no one's to set."""
 Span = tuple[int, int]
@@ -106,9 +108,9 @@ def drops_reasoning(chat_template: str) -> bool:
     return _default(DROP_REASONING, value=True) in chat_template
 
 
-def tells_the_date(chat_template: str) -> bool:
-    """Whether a rendering depends on the day."""
-    return "strftime_now" in chat_template
+def trains_the_last(chat_template: str) -> bool:
+    """Whether only the last answer of a row is trained."""
+    return _default(LAST_ANSWER_ONLY, value=True) in chat_template
 
 
 def _default(name: str, value: Any) -> str:

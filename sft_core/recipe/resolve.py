@@ -34,12 +34,30 @@ def load_recipe(recipe: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a recipe's YAML from a shipped name, a path, or any fsspec URL."""
     text = read_recipe(str(recipe))
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, UniqueKeys)  # a SafeLoader
     except yaml.YAMLError as error:
         raise RecipeError(f"{recipe}: not YAML: {error}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{recipe}: a recipe is a mapping of keys, this is {type(values).__name__}; see recipes/")
     return values
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """YAML's own reader keeps the last of two equal keys, and loses the first without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping; YAMLError if a key stands in it twice."""
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise yaml.YAMLError(
+                        f"the key {key.value!r} stands in line {lines[key.value]} and again in line {line}; the first "
+                        "one would be lost"
+                    )
+                lines[key.value] = line
+        return super().construct_mapping(node, deep)
 
 
 def shipped_recipes() -> dict[str, str]:

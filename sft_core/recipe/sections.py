@@ -73,12 +73,17 @@ class PackConfig(Section):
     `strftime_now` tells here; a server tells its own."""
     reasoning: Literal["keep", "drop"] = "keep"
     """Thoughts (`reasoning_content`, `<think>` at a content's start): trained, or left out of the rows and counted."""
+    train_on: Literal["all", "last"] = "all"
+    """Answers of a row that are trained: all whose weight is not 0, or of these only one that is the row's last."""
     packing: Literal["best_fit", "concat", "none"] = "best_fit"
     """How sequences share rows: `best_fit` (none cut, none lost), `concat` (XTuner's: laid end to end and cut every
     `max_length` tokens, none lost) or `none` (one a row)."""
     overlong: Literal["quarantine", "error", "truncate", "split"] = "quarantine"
     """What happens to a sequence longer than `max_length` tokens; counted in any case. `split` makes several of it,
     each untrained at its first token; `truncate` keeps the head. Decided before packing, `concat` too."""
+    max_quarantined_fraction: Fraction = 0.05
+    """Fraction of the sequences, and of their trained tokens, that may be set aside (too long, refused by the chat
+    template, nothing to train). Above it the run fails and names the reasons."""
 
 
 class MergeConfig(Section):

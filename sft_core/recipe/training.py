@@ -69,7 +69,8 @@ class TrainConfig(Section):
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     """Schedule after the warm-up."""
     warmup_ratio: Fraction = 0.03
-    """Fraction of all optimizer steps."""
+    """Fraction of all optimizer steps, rounded up; over n of them the rate rises by equal parts from 1/(n+1) of its
+    peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9

@@ -1,17 +1,20 @@
 """transformers' Trainer on packed rows: order of data, one loss for every model, whole checkpoints.
 
-In: the stream, a model, what watches the run. Out: checkpoints. Learning rate, schedule and parameter groups (no decay
-of biases and norms) are the Trainer's.
+In: the stream, a model, what watches the run. Out: checkpoints. Learning rate, schedule but for its warm-up, and
+parameter groups (no decay of biases and norms) are the Trainer's.
 """
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
@@ -50,6 +53,15 @@ class PackedTrainer(Trainer):
         self.eval_loss: float | None = None  # of the optimizer step at hand, for its log entry
         self._watch, self._pad_token_id = watch, stream.pad_token_id
         log.trainer = self
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """transformers' schedule, but for the warm-up of n steps: from 1/(n+1) on, as a rate of 0 trains nothing."""
+        made = super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        if warmup and isinstance(made, LambdaLR):
+            beyond = list(made.lr_lambdas)
+            self.lr_scheduler = LambdaLR(made.optimizer, [partial(_rising, warmup, later) for later in beyond])
+        return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         rows = train_dataset if train_dataset is not None else self.train_dataset
@@ -129,3 +141,8 @@ class PackedTrainer(Trainer):
                 f"{folder} could not be written ({why}); {free / 1e9:.1f} GB are free there. Earlier checkpoints are "
                 "as they were: make room, and the same command goes on from the newest"
             ) from error
+
+
+def _rising(warmup: int, later: Callable[[int], float], step: int) -> float:
+    """Share of the peak rate at `step`, counted from 0."""
+    return (step + 1) / (warmup + 1) if step < warmup else later(step)

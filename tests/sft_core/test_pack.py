@@ -135,7 +135,7 @@ ROWS = [
 
 def test_quarantine_and_ledger(tokenizer: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    config = PackConfig(max_length=20, **PLAIN)
+    config = PackConfig(max_length=20, max_quarantined_fraction=1.0, **PLAIN)
     outcome = pack_dataset(write(tmp_path / "in", ROWS), tokenizer, config, 0, out)
     check_ledger("pack", outcome.ledger)
     assert outcome.ledger == {
@@ -167,7 +167,7 @@ def test_quarantine_and_ledger(tokenizer: Path, tmp_path: Path) -> None:
 
 def test_truncate_keeps_the_head(tokenizer: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    config = PackConfig(max_length=20, overlong="truncate", **PLAIN)
+    config = PackConfig(max_length=20, overlong="truncate", max_quarantined_fraction=1.0, **PLAIN)
     outcome = pack_dataset(write(tmp_path / "in", ROWS[:3]), tokenizer, config, 0, out)
     check_ledger("pack", outcome.ledger)
     assert outcome.ledger["sequences"]["set_aside"] == {"no_supervised_token": 1}
@@ -249,3 +249,26 @@ def test_mapped_table_reads_the_same(tokenizer: Path, tmp_path: Path) -> None:
         mapped = load_packed(tmp_path / "out", cache=tmp_path / "tokens.arrow")
         assert mapped.lengths.tolist() == plain.lengths.tolist()
         assert [mapped.sequence(i) for i in range(9)] == [plain.sequence(i) for i in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        (
+            ROWS[:3],
+            r"2 of 3 sequences \(66.7%\) are set aside, .* allows 5.0%: 2 overlong. Raise pack.max_length \(20\)",
+        ),
+        ([*[ROWS[0]] * 3, ROWS[1]], r"1 of 4 sequences \(25.0%\)"),
+    ],
+)
+def test_losses_have_a_bound(tokenizer: Path, tmp_path: Path, rows: list[Any], says: str) -> None:
+    config = PackConfig(max_length=20, **PLAIN)
+    with pytest.raises(DataError, match=says):
+        pack_dataset(write(tmp_path / "in", rows), tokenizer, config, 0, tmp_path / "out")
+
+
+def test_a_loss_of_trained_tokens_counts_where_few_sequences_hold_most(tokenizer: Path, tmp_path: Path) -> None:
+    rows = [ROWS[0]] * 30 + [ROWS[1]]
+    config = PackConfig(max_length=20, **PLAIN)
+    with pytest.raises(DataError, match=r"of \d+ trained tokens \(\d+\.\d%\) are set aside"):
+        pack_dataset(write(tmp_path / "in", rows), tokenizer, config, 0, tmp_path / "out")

@@ -7,6 +7,7 @@ import pytest
 from sft_core.errors import RecipeError
 from sft_core.recipe import parse_settings, resolve, shipped_recipes
 from sft_core.recipe.overrides import GeneralOverrides, TrainOverrides, collect_overrides
+from sft_core.recipe.resolve import load_recipe
 
 SMALL = {"name": "small", "base_model": {"path": "base"}, "datasets": [{"path": "rows.jsonl", "map_fn": "oasst1"}]}
 
@@ -87,3 +88,20 @@ def test_a_recipe_file_that_is_not_a_mapping_is_refused(tmp_path: Path) -> None:
     path.write_text("- a\n- b\n")
     with pytest.raises(RecipeError, match="a recipe is a mapping of keys, this is list"):
         resolve(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name: a\ntrain: {max_steps: 1}\nname: b\n", "'name' stands in line 1 and again in line 3"),
+        (
+            "name: a\ntrain:\n  max_steps: 1\n  seed: 2\n  max_steps: 3\n",
+            "'max_steps' stands in line 3 and again in line 5",
+        ),
+        ("name: a\ndatasets:\n- {path: x, path: y}\n", "'path' stands in line 3 and again in line 3"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=f"r.yaml: not YAML: the key {says}; the first one would be lost"):
+        load_recipe(tmp_path / "r.yaml")

@@ -152,7 +152,7 @@ def rows_an_epoch(packed: Path) -> int:
 
 
 @pytest.mark.slow
-def test_the_learning_rate_is_transformers_cosine_schedule(plain: Path) -> None:
+def test_the_learning_rate_is_transformers_cosine_schedule_but_never_0(plain: Path) -> None:
     found = [entry["learning_rate"] for entry in read_metrics(plain / "metrics.jsonl")]
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-2)
     schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=2, num_training_steps=5)
@@ -161,7 +161,8 @@ def test_the_learning_rate_is_transformers_cosine_schedule(plain: Path) -> None:
         expected.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
-    assert found == pytest.approx(expected, abs=1e-12)
+    assert expected[:2] == [0.0, 0.005]
+    assert found == pytest.approx([0.01 / 3, 0.02 / 3, *expected[2:]], abs=1e-12)
 
 
 @pytest.mark.parametrize(("ratio", "steps", "expected"), [(0.03, 100, 3), (0.03, 101, 4), (0.0, 7, 0), (1.0, 7, 7)])

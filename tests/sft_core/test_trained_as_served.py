@@ -354,3 +354,12 @@ def test_what_a_message_cannot_hold_is_refused(tokenizer: Any) -> None:
     assert refused(tokenizer, [ASK, {**ANSWER, "refusal": "no"}], BODY) == "unknown_key"
     for name in ("thinking", "reasoning"):
         assert trained(tokenizer, [ASK, {**ANSWER, name: "t"}], THINKS) == trained(tokenizer, [ASK, THOUGHT], THINKS)
+
+
+def test_the_last_answer_only(tokenizer: Any) -> None:
+    talk = [ASK, {**ANSWER, "content": "first"}, ASK, ANSWER]
+    last = bind_template(BODY, {"last_answer_only": True})
+    assert [text for _, text in trained(tokenizer, talk, last)] == ["a<|end|>"]
+    ((_, both),) = trained(tokenizer, talk, BODY)
+    assert both == "first<|end|>a<|end|>"
+    assert encode_conversation([*talk[:3], {**ANSWER, "weight": 0}], tokenizer, last)[0].labels.count(IGNORE_INDEX) > 20
