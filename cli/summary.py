@@ -48,7 +48,7 @@ def print_summary(console: Console, recipe: Recipe, plan: Plan, ended: Ended, se
         _print_samples(console, found)
     if ended.registered is not None:
         console.print(f"[bold]verdict[/]   {escape(ended.registered['verdict'])}\n", highlight=False)
-    for label, command in [*_to_decide(ended), *_commands(recipe)]:
+    for label, command in [*_to_decide(ended), *_commands(recipe, ended)]:
         console.print(f"[bold]{label:10}[/]{escape(command)}", highlight=False, soft_wrap=True)
 
 
@@ -129,6 +129,14 @@ def _short(text: str) -> str:
     return line if len(line) <= 100 else f"{line[:97]}..."
 
 
+def _models(recipe: Recipe, ended: Ended) -> list[str]:
+    """The model that there is to talk to: the champion, or the version that did not become it."""
+    made = ended.registered
+    if made is None:  # a skipped run was held against the champion, or the newest version where there is none
+        return []
+    return [f"models:/{recipe.model_name}" + ("@champion" if "champion" in made["aliases"] else f"/{made['version']}")]
+
+
 def _to_decide(ended: Ended) -> list[tuple[str, str]]:
     """How to train all the same; how to approve a version that waits for it."""
     if ended.skipped is not None:
@@ -156,7 +164,7 @@ def _given() -> str:
     return f"MLFLOW_TRACKING_URI={tracking} " if tracking else ""
 
 
-def _commands(recipe: Recipe) -> list[tuple[str, str]]:
+def _commands(recipe: Recipe, ended: Ended) -> list[tuple[str, str]]:
     """What to type to talk to the model and to look at the run; where a server is configured, its address."""
     programs = _programs()
     tracking = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{Path('mlflow.db').resolve()}")
@@ -166,7 +174,7 @@ def _commands(recipe: Recipe) -> list[tuple[str, str]]:
     if "PREFECT_API_URL" in os.environ:
         prefect_ui = os.environ["PREFECT_API_URL"].removesuffix("/api")
     return [
-        ("chat", f"{_given()}{programs}sft chat models:/{recipe.model_name}@champion"),
+        *(("chat", f"{_given()}{programs}sft chat {model}") for model in _models(recipe, ended)),
         ("MLflow", tracking if tracking.startswith("http") else mlflow_ui),
         ("Prefect", prefect_ui),
     ]
