@@ -44,7 +44,8 @@ def check(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Read and normalize a data set, and report what became of its rows. Nothing is kept.
 
-    Warns where `sft run` on these rows would fail: too many that cannot be used, too few held out for the gate.
+    Warns where `sft run` on these rows would fail: too many that cannot be used, too few held out for the gate. Names
+    the columns that the map_fn does not read, and the system prompt that it adds.
 
     Example: sft data check rows.jsonl --map-fn alpaca --strict
     """
@@ -72,6 +73,8 @@ def _as_json(file: str, report: "CheckReport") -> str:
         "fitting": report.fitting,
         "tried_rows": report.tried_rows,
         "columns": report.columns,
+        "unread_columns": report.unread_columns,
+        "adds_system_prompt": report.adds_system,
         "examples": report.examples,
         "ledger": report.ledger,
     }
@@ -82,7 +85,13 @@ def _as_text(file: str, report: "CheckReport") -> str:
     origin = " (the best fitting one)" if report.chosen and report.fitting else ""
     if report.chosen and report.map_fn == "pretrain":
         origin = " (no other reads a row: plain text, without requests and answers)"
-    lines = [file, f"map_fn: {report.map_fn}{origin}", f"rows in: {report.rows_in}", f"rows out: {report.rows_out}"]
+    lines = [file, f"map_fn: {report.map_fn}{origin}"]
+    if report.adds_system:
+        lines.append(f"system prompt that this map_fn adds to every row: {report.adds_system.strip()}")
+    if report.unread_columns:
+        rows = ", ".join(f"{name} ({count} rows)" for name, count in report.unread_columns.items())
+        lines.append(f"columns that this map_fn does not read: {rows}")
+    lines += [f"rows in: {report.rows_in}", f"rows out: {report.rows_out}"]
     lines.append(f"held out: {report.held_out} of them (eval_fraction {report.eval_fraction:g})")
     if report.set_aside:
         reasons = ", ".join(f"{count} {reason}" for reason, count in report.set_aside.items())
@@ -102,5 +111,12 @@ def _advice(report: "CheckReport") -> str:
     columns = ", ".join(report.columns) or "none"
     if not others:
         return f"No other shipped map_fn reads the columns ({columns}); write your own: path.py:function"
-    read = ", ".join(f"{name} (reads {count} of the first {report.tried_rows} rows)" for name, count in others.items())
+    read = ", ".join(f"{name} ({_reads(name, count, report.tried_rows)})" for name, count in others.items())
     return f"The columns ({columns}) also fit {read}"
+
+
+def _reads(name: str, count: int, tried: int) -> str:
+    from sft_core.normalize import added_system
+
+    added = "; adds a system prompt" if added_system(name) else ""
+    return f"reads {count} of the first {tried} rows{added}"

@@ -19,10 +19,16 @@ unknown_role       a role that the map_fn does not know (tool messages: `message
 content_part       a content is a list, and a part of it is no text; or beside it stand images, audio or a refusal
 two_thoughts       an assistant's message has two thoughts that differ, under two names
 bad_thought        a thought that is no text, under a name that is not read, or on another's message
+unread_column      a column that is known to carry context and that the map_fn does not use (`reads`)
 tool_calls         calls or tools that cannot be read, or a map_fn that has no place for them
+bad_arguments      a call's arguments are no JSON object
+undeclared_tool    a call of a tool that the row does not declare, though it declares tools
+result_without_call a tool's message, and no call before it that it could answer
+bad_mark           a mark "do not train" that is not understood: its value, its name, its place (`marks`)
 all_weights_zero   answers, but none is to be trained
 map_fn_error       a user's map_fn raised; the detail holds the exception
 bad_conversation   a map_fn returned something of another shape
+left_out           a user's map_fn returned None: left out on purpose, no fault
 also_in_training   a conversation of an evaluation data set that training has too; in the quarantine, but no fault
 near_duplicate     held out, but as near to a training conversation as `normalize.near_duplicates`; no fault
 repeated           held out already, word for word; no fault
@@ -33,7 +39,6 @@ are kept. `row_id` is a digest of the conversation's content: equal conversation
 """
 
 from sft_core.normalize.check import Asked, CheckReport, check_dataset
-from sft_core.normalize.columns import suggest_map_fns
 from sft_core.normalize.conversation import (
     TEXT_ROLE,
     Conversation,
@@ -46,6 +51,7 @@ from sft_core.normalize.dataset import STEP_VERSION, NormalizeSource, normalize_
 from sft_core.normalize.identity import map_fn_source
 from sft_core.normalize.load import load_map_fn
 from sft_core.normalize.map_fns import MAP_FNS, MAP_FNS_VERSION
+from sft_core.normalize.reads import added_system, suggest_map_fns
 from sft_core.normalize.tables import CONVERSATION_SCHEMA
 
 __all__ = [
@@ -59,6 +65,7 @@ __all__ = [
     "Conversation",
     "Message",
     "NormalizeSource",
+    "added_system",
     "check_dataset",
     "content_digest",
     "load_map_fn",

@@ -2,7 +2,7 @@
 
 In: a data set, where the user named one a map_fn, and what a run would ask of its rows. Out: a `CheckReport`. All is
 written to a temporary folder and dropped. Where `sft run` would fail, the report has a warning. Without a map_fn the
-one is taken that reads most of the first TRIED_ROWS rows; of equals the first in `sft_core.normalize.columns`;
+one is taken that reads most of the first TRIED_ROWS rows; of equals the first in `sft_core.normalize.reads`;
 pretrain, which reads any text, only where no other reads a row.
 """
 
@@ -16,11 +16,11 @@ from typing import Any
 
 from sft_core.errors import DataError, RowError
 from sft_core.fetch import fetch_dataset
-from sft_core.normalize.columns import COLUMNS, suggest_map_fns
 from sft_core.normalize.dataset import NormalizeSource, plan_shards, sort_rows
 from sft_core.normalize.limits import check_limits
 from sft_core.normalize.load import load_map_fn, shipped_name
 from sft_core.normalize.map_fns import MAP_FNS
+from sft_core.normalize.reads import READS, added_system, suggest_map_fns
 from sft_core.normalize.rows import read_conversation, read_row
 from sft_core.normalize.tally import NO_FAULT, Tally
 from sft_core.recipe import DatasetConfig, NormalizeConfig, Recipe, RegisterConfig
@@ -57,7 +57,9 @@ class Asked:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckReport:
     """What became of a data set's rows. `held_out` are among `rows_out`; `set_aside`: by reasons that are no fault;
-    `fitting`: shipped map_fns for its columns, the rows each reads, best first; `warnings`: why a run would fail."""
+    `fitting`: shipped map_fns for its columns, the rows each reads, best first; `unread_columns`: rows that hold
+    something in a column that a shipped map_fn does not read; `adds_system`: the system prompt that it puts into every
+    row; `warnings`: why a run would fail."""
 
     map_fn: str
     chosen: bool
@@ -71,6 +73,8 @@ class CheckReport:
     fitting: dict[str, int]
     tried_rows: int
     columns: tuple[str, ...]
+    unread_columns: dict[str, int]
+    adds_system: str
     ledger: dict[str, Any]
     examples: dict[str, Any]
 
@@ -93,7 +97,7 @@ def check_dataset(dataset: DatasetConfig, map_fn: str | None = None, asked: Aske
         source = NormalizeSource(rows=fetched, map_fn=name, name=Path(dataset.path).name or dataset.path)
         shards = plan_shards([source], asked.eval_fraction, asked.seed)
         tally = sort_rows(shards, asked.normalize.near_duplicates, False, Path(folder) / "out")
-    reasons = tally.reasons.most_common()
+    reasons, facts = tally.reasons.most_common(), tally.facts()
     return CheckReport(
         map_fn=shipped_name(name) or name,
         chosen=map_fn is None,
@@ -107,8 +111,10 @@ def check_dataset(dataset: DatasetConfig, map_fn: str | None = None, asked: Aske
         fitting=fitting,
         tried_rows=len(first),
         columns=columns,
+        unread_columns=facts["datasets"].get(source.name, {}).get("unread_columns", {}),
+        adds_system=added_system(shipped_name(name) or name),
         ledger=tally.ledger(),
-        examples=tally.facts()["examples"],
+        examples=facts["examples"],
     )
 
 
@@ -136,7 +142,7 @@ def _fitting(records: list[dict[str, Any]]) -> tuple[dict[str, int], tuple[str, 
             continue  # not a row at all: no map_fn reads it
         columns[tuple(sorted(rows[-1]))] += 1
     suggested = {name for row in rows for name in suggest_map_fns(row)}
-    names = [name for name in COLUMNS if name in suggested]
+    names = [name for name in READS if name in suggested]
     read = {name: sum(_reads(name, record) for record in records) for name in names}
     last = {"pretrain"} if any(count for name, count in read.items() if name != "pretrain") else set()
     ordered = sorted(names, key=lambda name: (name in last, -read[name]))

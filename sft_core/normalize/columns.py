@@ -1,8 +1,9 @@
-"""Columns of a row, read with their types checked; a user's map_fn may use these too. And who reads which columns.
+"""Columns of a row, read with their types checked; a user's map_fn may use these too.
 
 In: a row. Out: the text or messages in a column, or a RowError that says which column lacks what.
 """
 
+import json
 import re
 from typing import Any
 
@@ -13,46 +14,6 @@ Returned = dict[str, Any]
 """What a map_fn returns."""
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 """In the `repr` of an object that has none of its own."""
-
-COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "messages": (("messages",),),
-    "openai": (("messages",),),
-    "sharegpt": (("conversations",),),
-    "wizardlm": (("conversations",),),
-    "msagent_react": (("conversations",),),
-    "alpaca_zh": (("instruction_zh", "output_zh"),),
-    "dolly": (("instruction", "context", "response"),),
-    "openorca": (("system_prompt", "question", "response"),),
-    "sql": (("context", "question", "answer"),),
-    "arxiv": (("abstract", "title"),),
-    "colors": (("description", "color"),),
-    "code_alpaca": (("prompt", "completion"),),
-    "tiny_codes": (("prompt", "response"),),
-    "stack_exchange": (("question", "response"),),
-    "gsm8k": (("question", "answer"),),
-    "law_reference": (("question", "answer"),),
-    "alpaca": (("instruction", "output"),),
-    "medical": (("instruction", "output"),),
-    "default": (("conversation",), ("input", "output")),
-    "crime_kg_assitant": (("input", "output"),),
-    "oasst1": (("text",),),
-    "pretrain": (("text",),),
-}
-"""The columns that each shipped map_fn cannot do without (more than one way to fit for `default`), best fit first: ours
-before XTuner's where they read the same column and keep more of it, many columns before few."""
-
-
-def suggest_map_fns(row: object) -> tuple[str, ...]:
-    """Names of the shipped map_fns that can read a row's columns, the best fit first.
-
-    >>> suggest_map_fns({"prompt": "Print 1.", "response": "print(1)"})
-    ('tiny_codes',)
-    >>> suggest_map_fns({"query": "1 + 1", "reply": "2"})
-    ()
-    """
-    if not isinstance(row, dict):
-        return ()
-    return tuple(name for name, ways in COLUMNS.items() if any(row.keys() >= set(columns) for columns in ways))
 
 
 def text_in(row: Row, column: str, where: str = "") -> str:
@@ -73,6 +34,15 @@ def optional_in(row: Row, column: str) -> str:
     return "" if row.get(column) is None else text_in(row, column)
 
 
+def system_in(row: Row) -> str:
+    """The system prompt beside a row's other columns, under `system` or `system_prompt`; empty where there is none."""
+    found = {name: text_in(row, name) for name in ("system", "system_prompt") if row.get(name)}
+    texts = {text.strip(): text for text in found.values() if text.strip()}
+    if len(texts) > 1:
+        raise RowError("unread_column", "the columns system and system_prompt differ, and a row has one system prompt")
+    return next(iter(texts.values()), "")
+
+
 def answer_in(row: Row, column: str, where: str = "") -> str:
     """The text in a column, which must hold more than blanks."""
     return check_answer(text_in(row, column, where), f"{where}.{column}" if where else column)
@@ -85,11 +55,36 @@ def check_answer(answer: str, name: str) -> str:
     return answer
 
 
+def rows_of(struct: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The list of mappings that a struct of lists stands for (what `datasets` makes of a Sequence of mappings).
+
+    >>> rows_of({"role": ["user", "assistant"], "content": ["A", "B"]})
+    [{'role': 'user', 'content': 'A'}, {'role': 'assistant', 'content': 'B'}]
+    """
+    columns = {key: rows_of(value) if isinstance(value, dict) else value for key, value in struct.items()}
+    columns = {key: value for key, value in columns.items() if value is not None}
+    lists = [value for value in columns.values() if isinstance(value, list)]
+    if not lists or len(lists) < len(columns) or len({len(value) for value in lists}) > 1:
+        return None
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def holds_messages(value: object) -> bool:
+    """Whether a column of several shapes holds messages: a list of them, or JSON text of one."""
+    value = _unpacked(value)
+    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
+
+
 def messages_in(row: Row, column: str = "messages") -> list[dict[str, Any]]:
-    """The list of messages in a column, of which there must be one or more."""
+    """The list of messages in a column, of which there must be one or more; JSON text of it, and a struct of lists, are
+    read too.
+
+    >>> messages_in({"messages": '[{"role": "user", "content": "A"}]'})
+    [{'role': 'user', 'content': 'A'}]
+    """
     if column not in row:
         raise RowError("missing_column", f"no column {column!r}; there are {_names(row)}")
-    messages = row[column]
+    messages = _unpacked(row[column])
     if messages is None:
         raise RowError("null_value", f"column {column!r} is null")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
@@ -97,6 +92,20 @@ def messages_in(row: Row, column: str = "messages") -> list[dict[str, Any]]:
     if not messages:
         raise RowError("no_turns", f"column {column!r} is empty")
     return messages
+
+
+def _unpacked(value: object) -> object:
+    """JSON text and structs of lists as the lists that they stand for; anything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    if isinstance(value, dict):
+        return rows_of(value) or value
+    if isinstance(value, list) and any(isinstance(entry, str) for entry in value):
+        return [_unpacked(entry) for entry in value]  # each message JSON text of its own
+    return value
 
 
 def short(value: object) -> str:

@@ -16,8 +16,10 @@ from typing import Any, NotRequired, TypedDict
 from sft_core.errors import RowError
 from sft_core.fingerprint import canonical_json
 from sft_core.normalize.columns import answer_in, check_answer, messages_in, short
-from sft_core.normalize.content import calls_text, check_utf8, content_in, tools_text
+from sft_core.normalize.content import check_utf8, content_in
+from sft_core.normalize.marks import trained
 from sft_core.normalize.thoughts import thought_in
+from sft_core.normalize.tool_calls import calls_in, calls_text, check_calls, tools_text
 
 TEXT_ROLE = "text"
 ROLES = {
@@ -55,7 +57,9 @@ def to_conversation(returned: object) -> Conversation:
     """Messages and tools of what a map_fn returned."""
     messages = to_messages(returned)
     shown = returned["tools"] if isinstance(returned, dict) and "messages" in returned and "tools" in returned else None
-    return Conversation(messages, tools_text(shown))
+    tools = tools_text(shown)
+    check_calls(messages, tools)
+    return Conversation(messages, tools)
 
 
 def to_messages(returned: object) -> list[Message]:
@@ -80,9 +84,7 @@ def to_messages(returned: object) -> list[Message]:
     else:
         raise RowError("bad_conversation", f"{SHAPES}; this one has the keys {', '.join(map(str, returned)) or 'none'}")
     if not any(message["weight"] for message in messages):
-        raise RowError(
-            "all_weights_zero", "no answer is trained: output_with_loss is false, or weight 0, in all of them"
-        )
+        raise RowError("all_weights_zero", "no answer is trained: all of them are marked so (see the module marks)")
     return messages
 
 
@@ -110,7 +112,8 @@ def _from_turns(turns: object) -> list[Message]:
         raise RowError("no_turns", "the map_fn found no turn in the row")
     if turns[0].get("need_eos_token") is False and len(turns) == 1 and not turns[0].get("input"):
         thought_in(turns[0], "conversation[0]", "output", by_assistant=False)  # XTuner's pretrain
-        return [_message(TEXT_ROLE, _output(turns[0], "conversation[0]"), 1)]
+        weight = int(trained(turns[0], "conversation[0]", "output", by_assistant=True))
+        return [_message(TEXT_ROLE, _output(turns[0], "conversation[0]"), weight)]
     messages = []
     for place, turn in enumerate(turns):
         where = f"conversation[{place}]"
@@ -122,11 +125,9 @@ def _from_turns(turns: object) -> list[Message]:
         if system:
             messages.append(_message("system", system, None))
         messages.append(_message("user", request, None))
-        weight = turn.get("output_with_loss")
-        if weight not in (None, True, False):
-            raise RowError("bad_conversation", f"{where}.output_with_loss is {short(weight)}, not true or false")
+        weight = int(trained(turn, where, "output", by_assistant=True))
         thought = thought_in(turn, where, "output", by_assistant=True)
-        messages.append(_message("assistant", _output(turn, where), 1 if weight is None else int(weight), thought))
+        messages.append(_message("assistant", _output(turn, where), weight, thought))
     return messages
 
 
@@ -152,14 +153,15 @@ def _from_messages(returned: dict[str, Any]) -> list[Message]:
         role = ROLES.get(name) if isinstance(name, str) else None
         if role is None:
             raise RowError("unknown_role", f"{where} has the role {name!r}; known are {', '.join(ROLES)}")
-        calls = calls_text(message.get("tool_calls") or message.get("function_call"), where)
+        calls = calls_text(calls_in(message, where), where)
         if calls and role != "assistant":
             raise RowError("tool_calls", f"{where} calls a tool, and is the {role}'s, not the assistant's")
         thought = thought_in(message, where, by_assistant=role == "assistant")
         content = "" if calls and message.get("content") is None else content_in(message, where)
         if role == "assistant":
             content = content if calls else check_answer(content, f"{where}.content")
-        kept = _message(role, content, _weight(message, where) if role == "assistant" else None, thought)
+        weight = trained(message, where, by_assistant=role == "assistant")
+        kept = _message(role, content, int(weight) if role == "assistant" else None, thought)
         if calls:
             kept["tool_calls"] = calls
         if speaker := _label(message, "name", where):
@@ -171,13 +173,6 @@ def _from_messages(returned: dict[str, Any]) -> list[Message]:
     if not last:
         raise RowError("no_assistant_turn", "nothing to learn: no message is the assistant's")
     return messages[:last]
-
-
-def _weight(message: Mapping[str, Any], where: str) -> int:
-    weight = message.get("weight")
-    if weight not in (None, 0, 1):
-        raise RowError("bad_conversation", f"{where}.weight is {short(weight)}, not 0 or 1")
-    return 1 if weight is None else int(weight)
 
 
 def _label(message: Mapping[str, Any], key: str, where: str) -> str | None:

@@ -65,6 +65,8 @@ def _reasons(tally: Tally) -> str:
 def _advice(tally: Tally, map_fns: Mapping[str, str]) -> str:
     """What to do about the commonest fault."""
     faults = [reason for reason, _ in tally.reasons.most_common() if reason not in NO_FAULT]
+    if not faults and tally.reasons["left_out"]:
+        return "The map_fn returns None, which leaves a row out; let it return a conversation, or add rows"
     if not faults:
         return "Raise weight, or add rows"
     example = tally.examples[faults[0]]

@@ -12,20 +12,29 @@ from typing import Any
 from sft_core.errors import DataError, RowError
 from sft_core.normalize.columns import ADDRESS, short
 from sft_core.normalize.conversation import Conversation, to_conversation
+from sft_core.normalize.reads import check_columns
 
 MapFn = Callable[[dict[str, Any]], object]
 
 
 def read_conversation(record: Mapping[str, Any], map_fn: MapFn) -> Conversation:
     """The conversation of one fetched row. RowError when it cannot become one."""
-    row = read_row(record)
+    return convert_row(read_row(record), map_fn)
+
+
+def convert_row(row: dict[str, Any], map_fn: MapFn) -> Conversation:
+    """The conversation that a map_fn makes of a row; a shipped one must have read all that belongs to it."""
     try:
         returned = map_fn(row)
     except RowError:
         raise
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's map_fn may raise anything; the row is kept
         raise RowError("map_fn_error", ADDRESS.sub("", f"{type(error).__name__}: {error}")) from error
-    return to_conversation(returned)
+    if returned is None:
+        raise RowError("left_out", "the map_fn returned None")
+    conversation = to_conversation(returned)
+    check_columns(row, map_fn)
+    return conversation
 
 
 def prove_repeatable(record: Mapping[str, Any], map_fn: MapFn, name: str) -> None:

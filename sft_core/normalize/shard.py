@@ -23,10 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sft_core.errors import RowError
-from sft_core.normalize.columns import suggest_map_fns
 from sft_core.normalize.conversation import Conversation, Message, content_digest
 from sft_core.normalize.load import load_map_fn, shipped_name
-from sft_core.normalize.rows import MapFn, is_held_out, is_sampled, prove_repeatable, read_conversation
+from sft_core.normalize.reads import suggest_map_fns, unread_columns
+from sft_core.normalize.rows import MapFn, convert_row, is_held_out, is_sampled, prove_repeatable, read_row
 from sft_core.normalize.sketch import BINS, sketch, text_of
 from sft_core.normalize.tables import LOCAL_SCHEMA, messages_column, parquet_bytes, sizes
 from sft_core.normalize.tally import DETAIL_CHARACTERS, NO_FAULT, Amount, ShardExample, ShardTally
@@ -102,7 +102,9 @@ class _Shard:
     def _take(self, record: dict[str, Any]) -> None:
         tally = self._tally
         try:
-            conversation = read_conversation(record, self._map_fn)
+            row = read_row(record)
+            tally.unread.update(unread_columns(row, self._map_fn))
+            conversation = convert_row(row, self._map_fn)
         except RowError as error:
             tally.came += Amount(1)
             self._set_aside(record, error, Amount(1))

@@ -12,9 +12,11 @@ from typing import Any
 
 from sft_core.shard_rows import locate
 
-NO_FAULT = frozenset({"also_in_training", "near_duplicate", "not_sampled", "repeated"})
+NO_FAULT = frozenset({"also_in_training", "left_out", "near_duplicate", "not_sampled", "repeated"})
 """Reasons that do not count against `max_quarantined_fraction`."""
 DETAIL_CHARACTERS = 200
+MOST_COLUMNS, NAME_CHARACTERS = 50, 60
+"""Of the unread columns, those that are named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,8 @@ class ShardTally:
     train: Amount = Amount()
     set_aside: defaultdict[str, Amount] = field(default_factory=lambda: defaultdict(Amount))
     examples: dict[str, ShardExample] = field(default_factory=dict)
+    unread: Counter[str] = field(default_factory=Counter)
+    """Rows by the columns that a shipped map_fn did not read."""
 
     def as_facts(self) -> dict[str, Any]:
         """JSON-able form, for `shards.json`."""
@@ -66,6 +70,7 @@ class ShardTally:
             "train": astuple(self.train),
             "set_aside": {reason: astuple(amount) for reason, amount in self.set_aside.items()},
             "examples": {reason: asdict(example) for reason, example in self.examples.items()},
+            "unread_columns": most_common(self.unread),
         }
 
 
@@ -78,6 +83,7 @@ class DatasetTally:
     """By side."""
     set_aside: defaultdict[str, Amount] = field(default_factory=lambda: defaultdict(Amount))
     """By reason."""
+    unread: Counter[str] = field(default_factory=Counter)
 
     @property
     def faulty(self) -> int:
@@ -99,6 +105,7 @@ class Tally:
         dataset.kept["train"] += Amount(*facts["train"])
         for reason, amount in facts["set_aside"].items():
             dataset.set_aside[reason] += Amount(*amount)
+        dataset.unread.update(facts["unread_columns"])
         for reason, entry in facts["examples"].items():
             self.examples.setdefault(reason, Example(**locate(entry, place)))
 
@@ -159,7 +166,15 @@ class Tally:
 def _plain(entry: DatasetTally) -> dict[str, Any]:
     aside = {reason: amount.rows for reason, amount in sorted(entry.set_aside.items())}
     sides = {side: entry.kept[side].rows for side in ("train", "heldout")}
-    return {"rows": entry.came.rows, **sides, "set_aside": aside}
+    unread = {"unread_columns": most_common(entry.unread)} if entry.unread else {}
+    return {"rows": entry.came.rows, **sides, "set_aside": aside, **unread}
+
+
+def most_common(unread: Counter[str]) -> dict[str, int]:
+    """The columns that most rows have, the commonest first. A name may be any text, half a character too."""
+    names = sorted(unread, key=lambda name: (-unread[name], name))[:MOST_COLUMNS]
+    plain = ((name, name.encode("utf-8", "backslashreplace").decode()) for name in names)
+    return {text[:NAME_CHARACTERS]: unread[name] for name, text in plain}
 
 
 def _shown(example: Example) -> dict[str, Any]:

@@ -5,7 +5,17 @@ import doctest
 import pytest
 
 from sft_core.errors import RowError
-from sft_core.normalize import MAP_FNS, columns, content, load_map_fn, map_fn_source, map_fns, suggest_map_fns
+from sft_core.normalize import (
+    MAP_FNS,
+    columns,
+    content,
+    load_map_fn,
+    map_fn_source,
+    map_fns,
+    reads,
+    suggest_map_fns,
+    tool_calls,
+)
 
 CODER = "You are a professional programer. Please provide the corresponding code based on the description of Human.\n"
 MEDICAL = "如果你是一名医生，请根据患者的描述回答医学问题。\n"
@@ -38,10 +48,10 @@ def reason(name: str, row: dict) -> str:
 def test_all_of_xtuner_and_ours():
     xtuner = "alpaca alpaca_zh arxiv code_alpaca colors crime_kg_assitant default law_reference medical msagent_react "
     xtuner += "oasst1 openai openorca pretrain sql stack_exchange tiny_codes wizardlm"
-    assert set(MAP_FNS) == {*xtuner.split(), "dolly", "gsm8k", "messages", "sharegpt"}
-    assert set(columns.COLUMNS) == set(MAP_FNS)
+    assert set(MAP_FNS) == {*xtuner.split(), "dolly", "gsm8k", "messages", "prompt_completion", "sharegpt", "squad"}
+    assert set(reads.READS) == set(MAP_FNS)
     assert all(">>>" in function.__doc__ for function in MAP_FNS.values())
-    for module in (columns, content, map_fns.dialogues, map_fns.msagent, map_fns.one_turn):
+    for module in (columns, content, reads, tool_calls, map_fns.dialogues, map_fns.msagent, map_fns.one_turn):
         result = doctest.testmod(module)
         assert (result.failed, result.attempted > 0) == (0, True), module
 
@@ -228,12 +238,14 @@ def test_default_passes_the_common_format_on():
         ("instruction_zh input_zh output_zh", ("alpaca_zh",)),
         ("text lang", ("oasst1", "pretrain")),
         ("messages tools", ("messages", "openai")),
-        ("prompt completion", ("code_alpaca",)),
+        ("prompt completion", ("prompt_completion", "code_alpaca")),
+        ("prompt response", ("prompt_completion", "tiny_codes")),
         ("conversation", ("default",)),
         ("conversations", ("sharegpt", "wizardlm", "msagent_react")),
         ("instruction context response category", ("dolly",)),
         ("question answer", ("gsm8k", "law_reference")),
-        ("context question answer", ("sql", "gsm8k", "law_reference")),
+        ("context question answer", ("squad", "gsm8k", "law_reference")),
+        ("id title context question answers", ("squad",)),
         ("id system_prompt question response", ("openorca", "stack_exchange")),
         ("abstract title", ("arxiv",)),
         ("description color", ("colors",)),
@@ -242,3 +254,9 @@ def test_default_passes_the_common_format_on():
 )
 def test_suggestions(columns, names):
     assert suggest_map_fns(dict.fromkeys(columns.split())) == names
+
+
+def test_sql_is_suggested_for_tables_only():
+    row = {"context": "CREATE TABLE t (a INT)", "question": "How many?", "answer": "SELECT COUNT(*) FROM t"}
+    assert suggest_map_fns(row)[:2] == ("sql", "squad")
+    assert suggest_map_fns({**row, "context": "Ann ran."})[0] == "squad"

@@ -54,7 +54,13 @@ class TestReport:
                 "msagent_react",
             ),
             ({"question": "Q", "answer": "A"}, "gsm8k"),
-            ({"question": "Q", "answer": "A", "context": "C"}, "sql"),
+            ({"question": "Q", "answer": "A", "context": "C"}, "squad"),
+            ({"question": "Q", "answers": {"text": ["A"]}, "context": "C", "title": "T"}, "squad"),
+            ({"question": "Q", "answer": "A", "context": "CREATE TABLE c (a INT)"}, "sql"),
+            ({"prompt": "P", "completion": "C"}, "prompt_completion"),
+            ({"prompt": "P", "response": "R"}, "prompt_completion"),
+            ({"instruction": "I", "output": "O", "system": "S"}, "alpaca"),
+            ({"messages": CHAT, "tools": [{"name": "f"}]}, "messages"),
         ],
     )
     def test_the_best_fitting_one(self, tmp_path, row, map_fn):

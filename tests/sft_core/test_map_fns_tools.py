@@ -59,14 +59,14 @@ def test_messages_with_tools():
 def test_the_older_function_call():
     messages = [
         {"role": "user", "content": "A"},
-        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "not JSON"}},
+        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"a": 1}'}},
         {"role": "function", "name": "f", "content": "1"},
         {"role": "assistant", "content": "B"},
     ]
     conversation = to_conversation(MAP_FNS["messages"]({"messages": messages, "functions": [{"name": "f"}]}))
     assert [message["role"] for message in conversation.messages] == ["user", "assistant", "tool", "assistant"]
     assert json.loads(conversation.messages[1]["tool_calls"]) == [
-        {"type": "function", "function": {"name": "f", "arguments": "not JSON"}}
+        {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
     ]
     assert conversation.tools == '[{"type": "function", "function": {"name": "f"}}]'
 
@@ -136,11 +136,103 @@ def test_faults_of_sharegpt(messages, expected):
         {"tools": [{"name": "f", "x": float("nan")}]},
         {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": ""}}]}]},
         {"messages": [{"role": "assistant", "tool_calls": [{"function": "f"}]}]},
-        {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]}]},
+        {"messages": [{"role": "assistant", "content": [{"type": "tool_call"}]}]},
+        {"messages": [{"role": "assistant", "content": [{"type": "tool_call", "value": "{"}]}]},
     ],
 )
 def test_calls_and_tools_that_cannot_be_read(row):
     assert reason("messages", {"messages": [{"role": "assistant", "content": "B"}], **row}) == "tool_calls"
+
+
+def asked(*later: dict, **keys: object) -> dict:
+    return {"messages": [{"role": "user", "content": "A"}, *later], **keys}
+
+
+def calling(*names: str, **keys: object) -> dict:
+    calls = [{"id": f"c{place}", "function": {"name": name}} for place, name in enumerate(names)]
+    return {"role": "assistant", "tool_calls": calls, **keys}
+
+
+def result(call_id: str | None = None) -> dict:
+    return {"role": "tool", "content": "2", "tool_call_id": call_id}
+
+
+class TestTheyFitTogether:
+    @pytest.mark.parametrize("arguments", ["not JSON", "{'a': 1}", "[1]", "7", "null", [1], 7, True, '"{}"'])
+    @pytest.mark.parametrize("shape", ["tool_calls", "function_call", "part", "sharegpt"])
+    def test_arguments_that_are_no_object(self, shape, arguments):
+        call = {"name": "f", "arguments": arguments}
+        if shape == "sharegpt":
+            row = {"conversations": [said("human", "A"), said("function_call", json.dumps(call))]}
+            assert reason("sharegpt", row) == "bad_arguments"
+            return
+        held = {
+            "tool_calls": {"tool_calls": [call]},
+            "function_call": {"function_call": call},
+            "part": {"content": [{"type": "tool_call", "value": json.dumps(call)}]},
+        }
+        assert reason("messages", asked({"role": "assistant", **held[shape]})) == "bad_arguments"
+
+    @pytest.mark.parametrize("key", ["parameters", "args", "input"])
+    def test_arguments_under_another_name(self, key):
+        row = asked({"role": "assistant", "tool_calls": [{"name": "f", key: {"a": 1}}]})
+        assert reason("messages", row) == "bad_arguments"
+
+    @pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL]), [{"type": "function", "function": TOOL}]])
+    @pytest.mark.parametrize("column", ["tools", "functions"])
+    def test_a_tool_that_is_not_declared(self, tools, column):
+        assert reason("messages", asked(calling("sub"), **{column: tools})) == "undeclared_tool"
+        assert reason("messages", asked(calling("add", "sub"), **{column: tools})) == "undeclared_tool"
+        assert to_conversation(MAP_FNS["messages"](asked(calling("add"), **{column: tools}))).tools
+        assert to_conversation(MAP_FNS["messages"](asked(calling("sub")))).tools is None
+
+    @pytest.mark.parametrize(
+        "later",
+        [
+            (result(),),
+            (CHAT_ANSWER, result()),
+            (calling("f"), result("c0"), result("c0")),
+            (calling("f"), result("c0"), CHAT_ANSWER, result("c0")),
+            (calling("f"), result("c9")),
+            (calling("f"), CHAT_ANSWER, {"role": "user", "content": "A"}, CHAT_ANSWER, result()),
+        ],
+    )
+    def test_a_result_that_nobody_called_for(self, later):
+        assert reason("messages", asked(*later, CHAT_ANSWER)) == "result_without_call"
+
+    @pytest.mark.parametrize(
+        "later",
+        [
+            (calling("f"), result("c0")),
+            (calling("f"), result()),
+            (calling("f", "g"), result("c1"), result("c0")),
+            (calling("f", "g"), result()),
+            (calling("f"), calling("g"), result(), result()),
+            ({"role": "assistant", "content": "<tool_call>\n{}\n</tool_call>"}, result("x"), result()),
+            (calling("f"), result("c0"), calling("f"), result("c0")),
+        ],
+    )
+    def test_results_that_fit(self, later):
+        assert to_messages(MAP_FNS["messages"](asked(*later, CHAT_ANSWER)))[-1]["content"] == "B"
+
+    def test_parts_that_are_calls(self):
+        parts = [
+            {"type": "reasoning", "value": "T"},
+            {"type": "tool_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
+            {"type": "tool_call", "value": '{"name": "g", "arguments": {}}'},
+        ]
+        text = (
+            '[{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}, '
+            '{"type": "function", "function": {"name": "g", "arguments": {}}}]'
+        )
+        answer = {"role": "assistant", "content": "", "weight": 1, "reasoning_content": "T", "tool_calls": text}
+        assert to_messages(MAP_FNS["messages"](asked({"role": "assistant", "content": parts})))[1] == answer
+        row = {"conversations": [said("human", "A"), said("gpt", parts)]}
+        assert to_messages(MAP_FNS["sharegpt"](row))[1] == answer
+        twice = asked({"role": "assistant", "content": parts, "tool_calls": [{"name": "f"}]})
+        assert reason("messages", twice) == "tool_calls"
+        assert reason("openai", asked({"role": "assistant", "content": parts})) == "tool_calls"
+        assert reason("wizardlm", row) == "tool_calls"
 
 
 def test_half_a_character_in_a_call():

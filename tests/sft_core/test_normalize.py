@@ -23,6 +23,7 @@ from sft_core.shard_rows import read_shards
 from sft_core.shards import Sharding
 
 HERE = Sharding()
+PLAIN = [{"text": f"T{n}"} for n in range(9)]
 GENERATOR = "<generator object read.<locals>.<genexpr>>"
 
 
@@ -158,6 +159,20 @@ class TestRows:
             ("map_fn_error", "KeyError: 'extra'"),
         ]
         assert side(tmp_path / "out", "train")[0]["messages"][0]["role"] == "text"
+
+    def test_a_map_fn_may_leave_rows_out(self, tmp_path):
+        (tmp_path / "mine.py").write_text("def read(row):\n    return row['input'] in 'Q0Q1Q2' and None or row['c']\n")
+        rows = [
+            *({"input": f"Q{n}", "c": None} for n in range(3)),
+            *({"input": f"{n}", "c": PLAIN[n]} for n in range(9)),
+        ]
+        name = f"{tmp_path / 'mine.py'}:read"
+        outcome = normalize(tmp_path / "out", source(tmp_path, rows, map_fn=name), limit=0)
+        assert outcome.ledger["rows"] == {"in": 12, "out": 9, "set_aside": {"left_out": 3}}
+        assert outcome.facts["quarantined_fraction"] == 0
+        assert [row["detail"] for row in quarantine(tmp_path / "out")] == ["the map_fn returned None"] * 3
+        with pytest.raises(DataError, match="The map_fn returns None, which leaves a row out"):
+            normalize(tmp_path / "none", source(tmp_path, rows[:3], "none", map_fn=name))
 
     def test_what_else_a_map_fn_may_do(self, tmp_path):
         (tmp_path / "mine.py").write_text(

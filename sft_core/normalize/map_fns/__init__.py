@@ -7,7 +7,7 @@ RowError (reasons: `sft_core.normalize`). They differ from XTuner where XTuner d
 from collections.abc import Callable
 
 from sft_core.normalize.columns import Returned, Row
-from sft_core.normalize.map_fns.dialogues import messages, oasst1, openai, sharegpt, wizardlm
+from sft_core.normalize.map_fns.dialogues import messages, oasst1, openai, prompt_completion, sharegpt, wizardlm
 from sft_core.normalize.map_fns.msagent import msagent_react
 from sft_core.normalize.map_fns.one_turn import (
     alpaca,
@@ -24,11 +24,12 @@ from sft_core.normalize.map_fns.one_turn import (
     openorca,
     pretrain,
     sql,
+    squad,
     stack_exchange,
     tiny_codes,
 )
 
-MAP_FNS_VERSION = 3
+MAP_FNS_VERSION = 4
 """Raised when a shipped map_fn's output changes."""
 
 MAP_FNS: dict[str, Callable[[Row], Returned]] = {
@@ -51,8 +52,10 @@ MAP_FNS: dict[str, Callable[[Row], Returned]] = {
         openai,
         openorca,
         pretrain,
+        prompt_completion,
         sharegpt,
         sql,
+        squad,
         stack_exchange,
         tiny_codes,
         wizardlm,

@@ -1,4 +1,4 @@
-"""map_fns for rows of several turns: oasst1, openai, wizardlm (XTuner's), messages and sharegpt (ours, with tools).
+"""map_fns for rows of several turns: XTuner's oasst1, openai and wizardlm; messages, sharegpt and prompt_completion.
 
 In: a row (dict). Out: `{"conversation": [turn, ...]}` as XTuner 0.2.0 returns it wherever the row is well formed, or
 `{"messages": [...], "tools"?}`. A row that is not well formed raises RowError (reasons: `sft_core.normalize`).
@@ -8,9 +8,21 @@ import re
 from typing import Any
 
 from sft_core.errors import RowError
-from sft_core.normalize.columns import Returned, Row, check_answer, messages_in, short, text_in
+from sft_core.normalize.columns import (
+    Returned,
+    Row,
+    answer_in,
+    check_answer,
+    holds_messages,
+    messages_in,
+    short,
+    system_in,
+    text_in,
+)
 from sft_core.normalize.content import content_in
+from sft_core.normalize.marks import mark_of, trained
 from sft_core.normalize.thoughts import thought_in
+from sft_core.normalize.tool_calls import calls_in, holds_calls
 
 MARKER = re.compile(r"(?<!#)###\s*(Human|Assistant):")
 MESSAGES_KEEPS = "openai knows system, user and assistant; the map_fn messages keeps tool messages and calls"
@@ -72,22 +84,23 @@ def openai(row: Row) -> Returned:
     As in XTuner: answers at the very start are skipped, user messages in a row are joined without a separator, a system
     message goes with the next answer only, an answer with `loss` "False" is not trained, a user message without an
     answer at the end is dropped. Unlike XTuner: a `loss` of null (what Arrow makes of a key that only some messages
-    have) is trained; `weight: 0`, OpenAI's own mark, is not; system messages in a row are joined with a newline (XTuner
+    have) is trained; other marks are read too (`marks`); system messages in a row are joined with a newline (XTuner
     keeps the last); a content that is a list of text parts is joined; an answer's thought is its `reasoning_content`.
-    A row without an answer is `no_assistant_turn`; roles such as tool are `unknown_role`, tool calls are `tool_calls`:
-    the map_fn `messages` keeps them.
+    A column system is used where no message is the system's. A row without an answer is `no_assistant_turn`; roles
+    such as tool are `unknown_role`, tool calls are `tool_calls`: the map_fn `messages` keeps them.
     """
     messages = messages_in(row)
     first = next((at for at, message in enumerate(messages) if message.get("role") != "assistant"), len(messages))
-    system, request = "", ""
+    system, request = _system_beside(messages, row), ""
     turns: list[dict[str, Any]] = []
     for place, message in enumerate(messages[first:], start=first):
         role, where = message.get("role"), f"messages[{place}]"
         if role not in ("system", "user", "assistant"):
             raise RowError("unknown_role", f"{where} has the role {role!r}; {MESSAGES_KEEPS}")
-        if message.get("tool_calls") or message.get("function_call"):
+        if holds_calls(message):
             raise RowError("tool_calls", f"{where} calls a tool; {MESSAGES_KEEPS}")
         thought = thought_in(message, where, by_assistant=role == "assistant")
+        learned = trained(message, where, by_assistant=role == "assistant")
         if role == "system":
             content = content_in(message, where)
             system = f"{system}\n{content}" if system else content
@@ -95,7 +108,7 @@ def openai(row: Row) -> Returned:
             request += content_in(message, where)
         else:
             answer = check_answer(content_in(message, where), f"{where}.content")
-            turn = {"system": system, "input": request, "output": answer, "output_with_loss": _trained(message)}
+            turn = {"system": system, "input": request, "output": answer, "output_with_loss": learned}
             turns.append(_with_thought(turn, thought))
             system, request = "", ""
     if not turns:
@@ -122,15 +135,16 @@ def wizardlm(row: Row) -> Returned:
             raise RowError(
                 "unknown_role", f"{where} is from {role!r}; wizardlm knows human and gpt, sharegpt knows more"
             )
-        if message.get("tool_calls") or message.get("function_call"):
+        if holds_calls(message, "value"):
             raise RowError("tool_calls", f"{where} calls a tool; sharegpt keeps it")
         thought = thought_in(message, where, "value", by_assistant=role == "gpt")
+        mark = {} if trained(message, where, "value", by_assistant=role == "gpt") else {"output_with_loss": False}
         begun = begun or role == "human"
         if role == "human":
             request += text_in(message, "value", where)
         elif begun:
             answer = check_answer(text_in(message, "value", where), f"{where}.value")
-            turns.append(_with_thought({"input": request, "output": answer}, thought))
+            turns.append(_with_thought({"input": request, "output": answer, **mark}, thought))
             request = ""
     if not turns:
         raise RowError("no_assistant_turn", "nothing to learn: no message is gpt's after a human's")
@@ -138,16 +152,44 @@ def wizardlm(row: Row) -> Returned:
 
 
 def messages(row: Row) -> Returned:
-    """Column messages in OpenAI's and HF's shape, and column tools where there is one; not XTuner's.
+    """Column messages in OpenAI's and HF's shape, and columns tools and system where there are such; not XTuner's.
 
     >>> messages({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]})
     {'messages': [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello.'}]}
 
     Every message stays as it is, none is joined or skipped; tool calls, tool messages and tools are kept (what becomes
-    of them: `sft_core.normalize.conversation`). `weight: 0`, or XTuner's `loss` "False", leaves an answer untrained.
+    of them: `sft_core.normalize.conversation`). `weight: 0` and other marks leave an answer untrained (`marks`).
     """
-    kept = [message if _trained(message) else {**message, "weight": 0} for message in messages_in(row)]
-    return _with_tools(kept, row)
+    kept = messages_in(row)
+    return _with_tools(_opening(kept, row) + kept, row)
+
+
+def prompt_completion(row: Row) -> Returned:
+    """Columns prompt and completion (or response): two texts, or TRL's lists of messages; not XTuner's.
+
+    >>> prompt_completion({"prompt": "Print 1.", "completion": "print(1)"})
+    {'conversation': [{'input': 'Print 1.', 'output': 'print(1)'}]}
+    >>> prompt_completion({"prompt": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}],
+    ...                    "completion": [{"role": "assistant", "content": "Hello."}]})["messages"][1:]
+    [{'role': 'assistant', 'content': 'Yes?', 'weight': 0}, {'role': 'assistant', 'content': 'Hello.'}]
+
+    Of messages only the completion's answers are trained, as TRL does (dataset formats, "Conversational"). No system
+    prompt is added, unlike code_alpaca and tiny_codes; columns system and tools are used.
+    """
+    name = "completion" if "completion" in row else "response"
+    listed = [column for column in ("prompt", name) if holds_messages(row.get(column))]
+    if not listed or (len(listed) == 1 and isinstance(row[listed[0]], str)):  # JSON text beside a plain one is a text
+        turn = {"input": text_in(row, "prompt"), "output": answer_in(row, name)}
+        system = system_in(row)
+        if not (row.get("tools") or row.get("functions")):
+            return {"conversation": [{"system": system, **turn} if system else turn]}
+        listed = []
+    before = messages_in(row, "prompt") if "prompt" in listed else [{"role": "user", "content": text_in(row, "prompt")}]
+    after = messages_in(row, name) if name in listed else [{"role": "assistant", "content": answer_in(row, name)}]
+    if not any(message.get("role") == "assistant" for message in after):
+        raise RowError("no_assistant_turn", f"nothing to learn: no message of column {name!r} is the assistant's")
+    before = [_untrained(message, f"prompt[{place}]") for place, message in enumerate(before)]
+    return _with_tools(_opening(before, row) + before + after, row)
 
 
 def sharegpt(row: Row) -> Returned:
@@ -161,42 +203,72 @@ def sharegpt(row: Row) -> Returned:
     list), observation or tool. `role` and `content` stand for `from` and `value`. Thoughts, and OpenAI's keys for tool
     calls, are kept. Answers at the very start, before any request, are skipped, as wizardlm does.
     """
-    kept: list[dict[str, Any]] = []
-    if row.get("system"):
-        kept.append({"role": "system", "content": text_in(row, "system")})
-    begun = False
-    for place, message in enumerate(messages_in(row, "conversations")):
+    told = messages_in(row, "conversations")
+    kept, begun = _opening(told, row), False
+    for place, message in enumerate(told):
         where = f"conversations[{place}]"
         name, key = message.get("from") or message.get("role"), "value" if "value" in message else "content"
         role = SHAREGPT_ROLES.get(name) if isinstance(name, str) else None
         if role is None:
             raise RowError("unknown_role", f"{where} is from {name!r}; known are {', '.join(SHAREGPT_ROLES)}")
         begun = begun or role in ("user", "tool", "function_call")
-        thought = thought_in(message, where, key, by_assistant=role in ("assistant", "function_call"))
+        answers = role in ("assistant", "function_call")
+        thought = thought_in(message, where, key, by_assistant=answers)
+        weight = {"weight": int(trained(message, where, key, by_assistant=True))} if answers else {}
         beside = _with_thought({name: message[name] for name in CARRIED if message.get(name)}, thought)
+        if called := calls_in(message, where, key):
+            beside = {**beside, "tool_calls": called}
         calls = "tool_calls" in beside or "function_call" in beside
         content = "" if calls and message.get(key) is None else content_in(message, where, key)
         if role == "function_call":
             if calls:
                 raise RowError("tool_calls", f"{where} calls a tool in its {key} and under a key of its own")
-            kept.append({"role": "assistant", "content": "", "tool_calls": content, **beside})
+            kept.append({"role": "assistant", "content": "", "tool_calls": content, **weight, **beside})
         elif role == "assistant" and begun:
             answer = content if calls else check_answer(content, f"{where}.{key}")
-            kept.append({"role": role, "content": answer, "weight": 1 if _trained(message) else 0, **beside})
+            kept.append({"role": role, "content": answer, **weight, **beside})
         elif role != "assistant":
+            trained(message, where, key, by_assistant=False)
             kept.append({"role": role, "content": content, **beside})
     return _with_tools(kept, row)
 
 
+def _system_beside(messages: list[dict[str, Any]], row: Row) -> str:
+    """The system prompt in a column of its own; empty where it is in the messages already."""
+    system = system_in(row)
+    names = [message.get("role") or message.get("from") for message in messages]
+    there = [message for message, name in zip(messages, names, strict=True) if name in ("system", "developer")]
+    if not system or not there:
+        return system
+    said = content_in(there[0], "the system's message", "value" if "value" in there[0] else "content")
+    if said.strip() != system.strip():
+        raise RowError(
+            "unread_column", f"column system and the system's message differ: {short(system)}, {short(said)}"
+        )
+    return ""
+
+
+def _opening(messages: list[dict[str, Any]], row: Row) -> list[dict[str, Any]]:
+    """The system message that a column of its own makes."""
+    system = _system_beside(messages, row)
+    return [{"role": "system", "content": system}] if system else []
+
+
+def _untrained(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """A message of a prompt, its answer marked as not trained."""
+    if message.get("role") != "assistant":
+        return message
+    if mark_of(message, where):
+        raise RowError("bad_mark", f"{where} is marked as trained, and only the completion is")
+    return {**message, "weight": 0}
+
+
 def _with_tools(kept: list[dict[str, Any]], row: Row) -> Returned:
     tools = row.get("tools") or row.get("functions")
+    if row.get("tools") and row.get("functions") and row["tools"] != row["functions"]:
+        raise RowError("unread_column", "the columns tools and functions differ, and one of them is read")
     return {"messages": kept, "tools": tools} if tools else {"messages": kept}
 
 
 def _with_thought(answer: dict[str, Any], thought: str | None) -> dict[str, Any]:
     return {**answer, "reasoning_content": thought} if thought else answer
-
-
-def _trained(message: Row) -> bool:
-    loss, weight = message.get("loss"), message.get("weight")
-    return (loss is None or str(loss).lower() == "true") and (weight is None or bool(weight))

@@ -13,7 +13,9 @@ from typing import Any
 
 from sft_core.errors import RowError
 from sft_core.normalize.columns import Returned, Row, check_answer, messages_in, short, text_in
+from sft_core.normalize.marks import trained
 from sft_core.normalize.thoughts import thought_in
+from sft_core.normalize.tool_calls import holds_calls
 
 THINK = re.compile(r"(.*?)<\|startofthink\|>(.*?)<\|endofthink\|>", re.DOTALL)
 EXEC = re.compile(r"(.*?)<\|endofexec\|>(.*?)$", re.DOTALL)
@@ -44,19 +46,21 @@ def msagent_react(row: Row) -> Returned:
         role, where = message.get("from"), f"conversations[{place}]"
         if role not in ("system", "user", "assistant"):
             raise RowError("unknown_role", f"{where} is from {role!r}; msagent_react knows system, user, assistant")
-        if message.get("tool_calls") or message.get("function_call"):
+        if holds_calls(message, "value"):
             raise RowError("tool_calls", f"{where} calls a tool in a key of its own; sharegpt keeps it")
         value = text_in(message, "value", where)
         thought = thought_in(message, where, "value", by_assistant=role == "assistant")
+        learned = trained(message, where, "value", by_assistant=role == "assistant")
         if role == "system":
             system += _tools_prompt(value, where)
         elif role == "user":
             request += f"{value}\n"
         else:
             answer, mark, executed = value.partition(EXEC_MARK)
-            turn = {"system": system, "input": request, "output": _answer(answer, where)}
+            unlearned = {} if learned else {"output_with_loss": False}
+            turn = {"system": system, "input": request, "output": _answer(answer, where), **unlearned}
             turns.append({**turn, "reasoning_content": thought} if thought else turn)
-            turns += _executed(executed, where) if mark else []
+            turns += [{**run, **unlearned} for run in _executed(executed, where)] if mark else []
             system, request = "", ""
     if not turns:
         raise RowError("no_assistant_turn", "nothing to learn: no message is the assistant's")

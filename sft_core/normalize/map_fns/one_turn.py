@@ -4,7 +4,19 @@ In: a row (dict). Out: `{"conversation": [turn]}` as XTuner 0.2.0 returns it whe
 gsm8k are not XTuner's). A row that is not raises RowError; where they differ from XTuner, the docstring says how.
 """
 
-from sft_core.normalize.columns import Returned, Row, answer_in, optional_in, text_in
+import json
+
+from sft_core.errors import RowError
+from sft_core.normalize.columns import (
+    Returned,
+    Row,
+    answer_in,
+    check_answer,
+    optional_in,
+    short,
+    system_in,
+    text_in,
+)
 from sft_core.normalize.map_fns.prompts import ARXIV, CODER, COLORIST, LAWYER, MEDICAL, SQL
 
 
@@ -16,11 +28,19 @@ def alpaca(row: Row) -> Returned:
     >>> alpaca({"instruction": "Open it.", "input": "", "output": "<nooutput>"})
     {'conversation': []}
 
-    A missing or null `input` is an empty one (XTuner: KeyError, or the text "None").
+    >>> alpaca({"instruction": "And 1?", "output": "6", "history": [["2 + 3?", "5"]], "system": "Be brief."})
+    {'conversation': [{'system': 'Be brief.', 'input': '2 + 3?', 'output': '5'}, {'input': 'And 1?\n', 'output': '6'}]}
+
+    A missing or null `input` is an empty one (XTuner: KeyError, or the text "None"). Columns history and system, which
+    XTuner drops, mean what they mean in LLaMA-Factory (data/README.md, src/llamafactory/data/converter.py): pairs of
+    request and answer that come first, trained too; and the system prompt.
     """
     if row.get("output") == "<nooutput>":
         return {"conversation": []}
-    return {"conversation": [{"input": _instruction(row), "output": answer_in(row, "output")}]}
+    turns = [*_history(row), {"input": _instruction(row), "output": answer_in(row, "output")}]
+    if system := system_in(row):
+        turns[0] = {"system": system, **turns[0]}
+    return {"conversation": turns}
 
 
 def alpaca_zh(row: Row) -> Returned:
@@ -156,6 +176,25 @@ def sql(row: Row) -> Returned:
     return {"conversation": [{"system": SQL, "input": request, "output": answer_in(row, "answer")}]}
 
 
+def squad(row: Row) -> Returned:
+    r"""Columns context, question, answers, as in SQuAD; or answer. Not XTuner's.
+
+    >>> squad({"context": "Ann ran.", "question": "Who?", "answers": {"text": ["Ann", "Ann ran"]}})
+    {'conversation': [{'input': 'Ann ran.\n\nWho?', 'output': 'Ann'}]}
+
+    `answers` is a text, a list of texts, or a mapping whose `text` is such a list. The first is trained; a question
+        without any is `empty_answer`.
+    """
+    column = "answers" if "answers" in row else "answer"
+    answers = row.get(column)
+    if isinstance(answers, dict):
+        answers = answers.get("text")
+    if isinstance(answers, list) and all(isinstance(answer, str) for answer in answers):
+        answers = answers[0] if answers else ""
+    request = f"{text_in(row, 'context')}\n\n{text_in(row, 'question')}"
+    return {"conversation": [{"input": request, "output": answer_in({**row, column: answers}, column)}]}
+
+
 def stack_exchange(row: Row) -> Returned:
     """Columns question, response.
 
@@ -190,3 +229,19 @@ def gsm8k(row: Row) -> Returned:
 def _instruction(row: Row, suffix: str = "") -> str:
     """Alpaca's request: instruction, newline, input."""
     return f"{text_in(row, f'instruction{suffix}')}\n{optional_in(row, f'input{suffix}')}"
+
+
+def _history(row: Row) -> list[dict[str, str]]:
+    """Turns of the column history, a list of pairs; it may be JSON text."""
+    history = row.get("history")
+    if isinstance(history, str) and history.strip():
+        try:
+            history = json.loads(history)
+        except (ValueError, RecursionError) as error:
+            raise RowError("wrong_type", f"column 'history' is a text that is not JSON: {error}") from None
+    turns = []
+    for place, pair in enumerate(history or []) if isinstance(history or [], list) else [(0, history)]:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise RowError("wrong_type", f"history[{place}] is not a pair of texts: {short(pair)}")
+        turns.append({"input": pair[0], "output": check_answer(pair[1], f"history[{place}]")})
+    return turns
