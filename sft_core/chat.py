@@ -7,8 +7,10 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from sft_core.errors import ModelError
+from sft_core.errors import ModelError, RowError
 from sft_core.pack import load_chat_template
+from sft_core.pack.renders import AS_STORED, Form, Renders, forms_of, in_form, plain_message
+from sft_core.pack.texts import text_of_content
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,13 +21,16 @@ class ChatModel:
     tokenizer: Any
     chat_template: str
 
-    def answer(self, messages: list[dict[str, str]], max_new_tokens: int, temperature: float) -> Generator[str]:
+    def answer(self, messages: list[dict[str, Any]], max_new_tokens: int, temperature: float) -> Generator[str]:
         """Pieces of the next assistant message; greedy at temperature 0. Closed early, it ends within a token."""
         import torch  # slow to import
         from transformers import StoppingCriteriaList, TextIteratorStreamer
 
+        from sft_core.evaluate.generation import stop_ids_of
+
+        chat = [plain_message(message, None) for message in messages]
         encoded = self.tokenizer.apply_chat_template(
-            messages,
+            in_form(chat, self._form(chat)),
             chat_template=self.chat_template,
             add_generation_prompt=True,
             return_dict=True,
@@ -39,7 +44,9 @@ class ChatModel:
         def heard_enough(ids: Any, scores: Any, **_: Any) -> Any:
             return torch.full((ids.shape[0],), enough.is_set(), dtype=torch.bool, device=ids.device)
 
-        arguments = {**encoded, "streamer": streamer, "max_new_tokens": max_new_tokens, "pad_token_id": pad, **sampling}
+        stops = stop_ids_of(self.network, self.tokenizer, self.chat_template)  # a base under an adapter has others
+        stopping = {"eos_token_id": stops, "pad_token_id": pad, "max_new_tokens": max_new_tokens}
+        arguments = {**encoded, "streamer": streamer, **stopping, **sampling}
         with ThreadPoolExecutor(1) as worker:  # a thread at work while the interpreter ends would abort it
             done = worker.submit(
                 self.network.generate, **arguments, stopping_criteria=StoppingCriteriaList([heard_enough])
@@ -50,6 +57,18 @@ class ChatModel:
             finally:
                 enough.set()
         done.result()
+
+    def _form(self, chat: list[dict[str, Any]]) -> Form:
+        """In which form the template shows what the user says, as training found it; as stored if in none."""
+        asked = [text_of_content(message).strip() for message in chat if message["role"] == "user"]
+        for form in forms_of(chat):
+            try:
+                text, _ = Renders(in_form(chat, form), self.tokenizer, self.chat_template, None).upto(len(chat), True)
+            except RowError:
+                continue
+            if all(words in text for words in asked):
+                return form
+        return AS_STORED
 
 
 def load_chat_model(folder: Path, adapter: Path | None, chat_template: str | None) -> ChatModel:

@@ -10,7 +10,7 @@ from typing import Any
 
 from sft_core.artifacts import Outcome
 from sft_core.errors import ModelError
-from sft_core.evaluate.answers import load_scorer, rouge_l, score_answer, scorer_source
+from sft_core.evaluate.answers import behind_thought, load_scorer, rouge_l, score_answer, scorer_source
 from sft_core.evaluate.harness import harness_parts, run_harness
 from sft_core.evaluate.report import EvaluationReport, Identity, Score, read_report, write_report
 from sft_core.fingerprint import hash_value
@@ -28,7 +28,7 @@ __all__ = [
     "scorer_source",
 ]
 
-STEP_VERSION = 4
+STEP_VERSION = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +107,7 @@ def _with_answers(
 ) -> list[Score]:
     """Generate where the last message is a trained answer; which rows, is drawn by (seed, row_id)."""
     from sft_core.evaluate.examples import check_prompt
-    from sft_core.evaluate.generation import generate_answers
+    from sft_core.evaluate.generation import generate_answers, stop_ids_of
 
     able = [i for i, example in enumerate(examples) if example.answer_is_trained]
     drawn = sorted(able, key=lambda i: hash_value([seed, examples[i].row_id]))[: config.max_generated_rows]
@@ -116,25 +116,21 @@ def _with_answers(
     network, tokenizer, template = model
     for i in drawn:
         check_prompt(examples[i], tokenizer, template)
-    stop_ids = sorted({examples[i].stop_id for i in drawn} | _eos_ids(tokenizer))
+    stop_ids = sorted({examples[i].stop_id for i in drawn} | set(stop_ids_of(network, tokenizer, template) or ()))
     options = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
     answers = generate_answers((network, tokenizer), [examples[i].prompt_ids for i in drawn], options, stop_ids)
     scorer = load_scorer(config.scorer) if config.scorer is not None else None
     scored = list(scores)
     for i, answer in zip(drawn, answers, strict=True):
         row = scores[i]
+        reference, said = behind_thought(row.reference), behind_thought(answer.text)
         scored[i] = replace(
             row,
             answer=answer.text,
             ended=answer.ended,
             reference_tokens=examples[i].reference_tokens,
-            exact_match=answer.text == row.reference.strip(),
-            rouge_l=rouge_l(row.reference, answer.text),
-            score=None if scorer is None else score_answer(scorer, row.row_id, examples[i].messages, answer.text),
+            exact_match=said == reference,
+            rouge_l=rouge_l(reference, said),
+            score=None if scorer is None else score_answer(scorer, row.row_id, examples[i].messages, said),
         )
     return scored
-
-
-def _eos_ids(tokenizer: Any) -> set[int]:
-    """A server stops at eos too, whatever the template writes behind an answer."""
-    return set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}

@@ -1,7 +1,8 @@
 """Scores of one generated answer: exact match, ROUGE-L, the user's scorer.
 
-In: prompt messages, reference, answer. Out: numbers. ROUGE-L (Lin 2004) is Google's rouge-score; its own tokenizer
-drops all that is not ASCII, so texts are cut here: words where they stand apart, else (Chinese, Thai) characters.
+In: prompt messages, reference, answer; texts without their thoughts. Out: numbers. ROUGE-L (Lin 2004) is Google's
+rouge-score; its own tokenizer drops all that is not ASCII, so texts are cut here: words where they stand apart, else
+(Chinese, Thai) characters.
 """
 
 import math
@@ -12,6 +13,7 @@ from typing import Any
 
 from sft_core.errors import DataError, RecipeError, SftError
 from sft_core.normalize import load_map_fn, map_fn_source
+from sft_core.pack.thoughts import without_thought
 
 Scorer = Callable[[list[dict[str, Any]], str, str], float]
 KEY = "evaluate.scorer"
@@ -32,6 +34,20 @@ class RougeTokens:
         ['yes', '24', 'of', '\u5317', '\u4eac']
         """
         return TOKEN.findall(text.lower())
+
+
+def behind_thought(text: str) -> str:
+    """What an answer says once it has thought; nothing, if it was cut in the middle of its thought.
+
+    >>> behind_thought("<think>One and one.</think>\\n\\nTwo.")
+    'Two.'
+    >>> behind_thought("<think>One and")
+    ''
+    """
+    parts = without_thought(text)
+    if parts is None:
+        return "" if text.lstrip().startswith("<think>") else text.strip()
+    return parts[1].strip()
 
 
 def rouge_l(reference: str, answer: str) -> float:
@@ -70,7 +86,7 @@ def _as_scorer(name: str, find: Callable[[str], Any]) -> Any:
 def score_answer(scorer: Scorer, row_id: str, messages: list[dict[str, Any]], answer: str) -> float:
     """The user's score of an answer to all messages but the last. DataError if it is no finite number."""
     try:
-        value: Any = scorer(messages[:-1], messages[-1]["content"] or "", answer)
+        value: Any = scorer(messages[:-1], behind_thought(messages[-1]["content"] or ""), answer)
         number = float(value)
     except SftError:
         raise

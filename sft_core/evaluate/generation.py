@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from sft_core.pack.stops import stops_of
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -13,6 +15,14 @@ class Answer:
 
     text: str
     ended: bool
+
+
+def stop_ids_of(network: Any, tokenizer: Any, chat_template: str) -> list[int] | None:
+    """Tokens at which a server ends an answer, calls of tools among them: the template's and the model's own."""
+    own = network.generation_config.eos_token_id
+    ends = tokenizer.convert_tokens_to_ids(list(stops_of(tokenizer, chat_template).strings))
+    ids = [*ends, *(own if isinstance(own, list) else [own])]
+    return sorted({token for token in ids if token is not None}) or None
 
 
 @torch.no_grad()
