@@ -73,6 +73,7 @@ def _as_json(file: str, report: "CheckReport") -> str:
         "fitting": report.fitting,
         "tried_rows": report.tried_rows,
         "columns": report.columns,
+        "dropped_nulls": report.dropped_nulls,
         "unread_columns": report.unread_columns,
         "adds_system_prompt": report.adds_system,
         "examples": report.examples,
@@ -91,6 +92,8 @@ def _as_text(file: str, report: "CheckReport") -> str:
     if report.unread_columns:
         rows = ", ".join(f"{name} ({count} rows)" for name, count in report.unread_columns.items())
         lines.append(f"columns that this map_fn does not read: {rows}")
+    if report.dropped_nulls:
+        lines.append(f"keys without a value in tool calls and tools, left out: {report.dropped_nulls}")
     lines += [f"rows in: {report.rows_in}", f"rows out: {report.rows_out}"]
     lines.append(f"held out: {report.held_out} of them (eval_fraction {report.eval_fraction:g})")
     if report.set_aside:

@@ -9,7 +9,8 @@ number, see `place` in `sft_core.shards`):
 
 row         the raw row as JSON text, exactly as read (JSON Lines, JSON); rows of CSV, Parquet, Arrow and the hub are
             written as JSON text, keys in column order, dates as ISO text, decimals and durations as text, bytes
-            (an image column's too, never decoded) as base64
+            (an image column's too, never decoded) as base64, maps as objects; null keys that Arrow filled into structs
+            of tool calls and tools are left out (`arrow_values`)
 file        the file's name as a human knows it: its base name, or its path below the folder or glob
 row_number  from 1: the line of the file (JSON Lines, CSV: where the row begins), else the place among the rows
 problem     null, or `reason: detail` of a line that could not be read; `row` then holds its text, bad bytes escaped:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sft_core.errors import SourceError
+from sft_core.fetch.arrow_values import ArrowValues
 from sft_core.fetch.json_rows import RawRow
 from sft_core.fetch.table_rows import number_rows
 from sft_core.shard_rows import ROWS_PER_BATCH
@@ -75,11 +76,12 @@ def _number(batches: Iterable[Any]) -> Iterator[RawRow]:
 
 
 def _rows(part: Any) -> Iterator[RawRow]:
+    values = ArrowValues(part.schema)
     try:
         rows = _exact_times(part).to_pylist()
     except (ValueError, OverflowError, LookupError, pa.ArrowException):  # one value in it that Python cannot hold
-        return _rows_value_by_value(part)
-    return number_rows(rows)
+        return _rows_value_by_value(part, values)
+    return number_rows(rows, values)
 
 
 def _exact_times(part: Any) -> Any:
@@ -94,7 +96,7 @@ def _exact_times(part: Any) -> Any:
     return part
 
 
-def _rows_value_by_value(part: Any) -> Iterator[RawRow]:
+def _rows_value_by_value(part: Any, values: ArrowValues) -> Iterator[RawRow]:
     for number in range(part.num_rows):
         row, problem = {}, None
         for name, column in zip(part.schema.names, part.columns, strict=True):
@@ -104,8 +106,8 @@ def _rows_value_by_value(part: Any) -> Iterator[RawRow]:
                 reason = "not_utf8" if isinstance(error, UnicodeDecodeError) else "not_text"
                 problem = problem or f"{reason}: column {name!r} of type {column.type}: {error}"
                 row[name] = _escaped(column[number])
-        (raw,) = number_rows([row])
-        yield RawRow(raw.row, number + 1, problem or raw.problem)
+        (raw,) = number_rows([row], values)
+        yield raw._replace(row_number=number + 1, problem=problem or raw.problem)
 
 
 def _escaped(value: Any) -> str | None:

@@ -54,6 +54,7 @@ def fetch_dataset(
             "files": len(source.files),
             "bytes": sum(file.size for file in source.files),
             "rows_with_problem": shards.total("rows_with_problem"),
+            "dropped_nulls": shards.total("dropped_nulls"),
         },
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from sft_core.errors import SourceError
 from sft_core.fetch.json_rows import RawRow
 from sft_core.fetch.source import HubSource
-from sft_core.fetch.table_rows import number_rows, without_decoding
+from sft_core.fetch.table_rows import number_dataset_rows
 
 
 def read_hub(hub: HubSource) -> Iterator[RawRow]:
@@ -22,4 +22,4 @@ def read_hub(hub: HubSource) -> Iterator[RawRow]:
             f"{hub.path} (name {hub.name!r}, split {hub.split!r}, commit {hub.commit}): cannot be loaded: "
             f"{type(error).__name__}: {error}"
         ) from error
-    yield from number_rows(without_decoding(rows))
+    yield from number_dataset_rows(rows)

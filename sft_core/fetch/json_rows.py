@@ -26,11 +26,12 @@ CUT_CHARACTERS = 16
 
 
 class RawRow(NamedTuple):
-    """A row as it was read; `problem` is `reason: detail` when it could not be."""
+    """A row as it was read; `problem` is `reason: detail` when it could not be. `dropped_nulls`: see `arrow_values`."""
 
     row: str
     row_number: int
     problem: str | None = None
+    dropped_nulls: int = 0
 
 
 def read_json(file: IO[bytes], label: str, named_lines: bool) -> Iterator[RawRow]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from sft_core.errors import SourceError
 from sft_core.fetch.json_rows import RawRow
-from sft_core.fetch.table_rows import number_rows, without_decoding
+from sft_core.fetch.table_rows import number_dataset_rows
 from sft_core.recipe import DatasetConfig
 
 MODULE = {"openmind": "openmind", "modelscope": "modelscope.msdatasets"}
@@ -75,7 +75,7 @@ def _rows(hub: OtherHubSource) -> Iterator[RawRow]:
         raise SourceError(f"{_where(hub)}: not one split but several: {', '.join(map(str, rows))}; name one as `split`")
     seen = 0
     try:
-        for raw in number_rows(without_decoding(rows)):
+        for raw in number_dataset_rows(rows):
             seen = raw.row_number
             yield raw
     except SourceError:

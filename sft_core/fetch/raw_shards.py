@@ -20,7 +20,7 @@ from sft_core.fetch.json_rows import RawRow, read_lines, without_bom
 from sft_core.fingerprint import hash_value
 from sft_core.shards import Earlier, Made, ShardWriter
 
-STEP_VERSION = 3
+STEP_VERSION = 4
 ROWS = "rows/*.parquet"
 RAW_SCHEMA = pa.schema(
     [("row", pa.string()), ("file", pa.int32()), ("row_number", pa.int64()), ("problem", pa.string())]
@@ -46,7 +46,7 @@ class RawShards:
         self._writer, self._earlier = ShardWriter(out, earlier), earlier
 
     def total(self, fact: str) -> int:
-        """Sum of a fact over the shards: `rows`, `rows_with_problem`."""
+        """Sum of a fact over the shards: `rows`, `rows_with_problem`, `dropped_nulls`."""
         return sum(shard.facts[fact] for shard in self._writer.shards)
 
     def close(self) -> None:
@@ -93,7 +93,11 @@ class RawShards:
         }
         shard = io.BytesIO()
         pq.write_table(pa.table(columns, schema=RAW_SCHEMA), shard, compression="zstd")
-        facts = {"rows": len(rows), "rows_with_problem": sum(raw.problem is not None for _, raw in rows)}
+        facts = {
+            "rows": len(rows),
+            "rows_with_problem": sum(raw.problem is not None for _, raw in rows),
+            "dropped_nulls": sum(raw.dropped_nulls for _, raw in rows),
+        }
         self._writer.write(key, Made({ROWS: shard.getvalue()}, facts), place)
 
 

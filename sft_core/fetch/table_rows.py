@@ -16,6 +16,7 @@ from typing import IO, Any
 from uuid import UUID
 
 from sft_core.errors import SourceError
+from sft_core.fetch.arrow_values import ArrowValues
 from sft_core.fetch.json_rows import RawRow, decode_pieces
 
 LONGEST_FIELD = 1 << 30
@@ -36,13 +37,24 @@ def row_text(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, default=_plain)
 
 
-def number_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[RawRow]:
-    """Numbered rows; one that holds a value without a JSON form keeps its other columns and says so."""
+def number_rows(rows: Iterable[Mapping[str, Any]], values: ArrowValues | None = None) -> Iterator[RawRow]:
+    """Numbered rows; one that holds a value without a JSON form keeps its other columns and says so. `values` knows the
+    columns' types."""
     for number, row in enumerate(rows, start=1):
+        dropped = 0
+        if values:
+            row, dropped = values.row(dict(row))  # noqa: PLW2901 - the same row, as JSON has it
         try:
-            yield RawRow(row_text(row), number)
+            yield RawRow(row_text(row), number, dropped_nulls=dropped)
         except (TypeError, ValueError, RecursionError):
             yield _with_problem(row, number)
+
+
+def number_dataset_rows(rows: Any) -> Iterator[RawRow]:
+    """Numbered rows of a data set of `datasets`, whose images, sounds and videos stay as they are stored."""
+    features = getattr(rows, "features", None)
+    values = ArrowValues(features.arrow_schema, decoded=True) if features else None
+    return number_rows(without_decoding(rows), values)
 
 
 def _with_problem(row: Mapping[str, Any], number: int) -> RawRow:

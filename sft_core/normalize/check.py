@@ -58,8 +58,9 @@ class Asked:
 class CheckReport:
     """What became of a data set's rows. `held_out` are among `rows_out`; `set_aside`: by reasons that are no fault;
     `fitting`: shipped map_fns for its columns, the rows each reads, best first; `unread_columns`: rows that hold
-    something in a column that a shipped map_fn does not read; `adds_system`: the system prompt that it puts into every
-    row; `warnings`: why a run would fail."""
+    something in a column that a shipped map_fn does not read; `dropped_nulls`: keys without a value that Parquet or
+    Arrow had in tool calls and tools; `adds_system`: the system prompt that it puts into every row; `warnings`: why a
+    run would fail."""
 
     map_fn: str
     chosen: bool
@@ -73,6 +74,7 @@ class CheckReport:
     fitting: dict[str, int]
     tried_rows: int
     columns: tuple[str, ...]
+    dropped_nulls: int
     unread_columns: dict[str, int]
     adds_system: str
     ledger: dict[str, Any]
@@ -90,7 +92,7 @@ def check_dataset(dataset: DatasetConfig, map_fn: str | None = None, asked: Aske
         load_map_fn(map_fn)  # a wrong name fails before anything is fetched
     with tempfile.TemporaryDirectory(prefix="sft-check-") as folder:
         fetched = Path(folder) / "fetch"
-        fetch_dataset(dataset, fetched)
+        dropped_nulls = fetch_dataset(dataset, fetched).facts["dropped_nulls"]
         first = list(itertools.islice(read_shards(fetched / "rows"), TRIED_ROWS))
         fitting, columns = _fitting(first)
         name = map_fn or next(iter(fitting), "default")
@@ -111,6 +113,7 @@ def check_dataset(dataset: DatasetConfig, map_fn: str | None = None, asked: Aske
         fitting=fitting,
         tried_rows=len(first),
         columns=columns,
+        dropped_nulls=dropped_nulls,
         unread_columns=facts["datasets"].get(source.name, {}).get("unread_columns", {}),
         adds_system=added_system(shipped_name(name) or name),
         ledger=tally.ledger(),

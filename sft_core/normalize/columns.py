@@ -62,11 +62,11 @@ def rows_of(struct: dict[str, Any]) -> list[dict[str, Any]] | None:
     [{'role': 'user', 'content': 'A'}, {'role': 'assistant', 'content': 'B'}]
     """
     columns = {key: rows_of(value) if isinstance(value, dict) else value for key, value in struct.items()}
-    columns = {key: value for key, value in columns.items() if value is not None}
-    lists = [value for value in columns.values() if isinstance(value, list)]
-    if not lists or len(lists) < len(columns) or len({len(value) for value in lists}) > 1:
+    held = {key: values for key, values in columns.items() if struct[key] is not None}
+    sizes = {len(values) if isinstance(values, list) else -1 for values in held.values()}
+    if len(sizes) != 1 or -1 in sizes:
         return None
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return [dict(zip(held, values, strict=True)) for values in zip(*held.values(), strict=True)]
 
 
 def holds_messages(value: object) -> bool:
@@ -102,7 +102,8 @@ def _unpacked(value: object) -> object:
         except (ValueError, RecursionError):
             return value
     if isinstance(value, dict):
-        return rows_of(value) or value
+        rows = rows_of(value)
+        return value if rows is None else rows
     if isinstance(value, list) and any(isinstance(entry, str) for entry in value):
         return [_unpacked(entry) for entry in value]  # each message JSON text of its own
     return value

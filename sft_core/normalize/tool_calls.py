@@ -110,12 +110,14 @@ def _nothing(where: str, part: object) -> list[dict[str, Any]]:
 
 
 def _mappings(value: object, where: str) -> list[dict[str, Any]]:
-    """A list of mappings, or the one there is; either may be JSON text, a list also a struct of lists."""
+    """A list of mappings, or the one there is; each may be JSON text, a list also a struct of lists."""
     if isinstance(value, str):
         value = _parsed(value, where) if value.strip() else None
     if not value:
         return []
     entries = (rows_of(value) or [value]) if isinstance(value, dict) else value
+    if isinstance(entries, list) and any(isinstance(entry, str) for entry in entries):
+        entries = [_parsed(entry, where) if isinstance(entry, str) else entry for entry in entries]
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise RowError("tool_calls", f"{where} is not a list of mappings: {short(value)}")
     return entries

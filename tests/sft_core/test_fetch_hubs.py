@@ -122,24 +122,38 @@ def test_a_hub_id_that_is_also_a_folder(tmp_path, monkeypatch):
 def test_images_of_a_data_set_stay_the_bytes_that_they_are(tmp_path):
     from datasets import Dataset, Features, Image, Value
 
-    from sft_core.fetch.table_rows import number_rows, without_decoding
+    from sft_core.fetch.table_rows import number_dataset_rows
 
     features = Features({"image": Image(), "text": Value("string")})
     rows = Dataset.from_list([{"image": {"bytes": b"\xff\x00", "path": "a.png"}, "text": "x"}], features=features)
-    (row,) = number_rows(without_decoding(rows))
+    (row,) = number_dataset_rows(rows)
     assert json.loads(row.row) == {"image": {"bytes": "/wA=", "path": "a.png"}, "text": "x"}
     assert row.problem is None
+
+
+@pytest.mark.parametrize("mode", [None, "use_json"])
+def test_nulls_that_a_data_set_filled_in_are_left_out_of_calls(mode):
+    from datasets import Dataset
+
+    from sft_core.fetch.table_rows import number_dataset_rows
+
+    calls = [[{"name": "f", "arguments": {"a": "5"}}], [{"name": "g", "arguments": {"b": "x"}}]]
+    rows = Dataset.from_list([{"messages": [{"tool_calls": call}]} for call in calls], on_mixed_types=mode)
+    read = list(number_dataset_rows(rows))
+    assert [json.loads(raw.row)["messages"][0]["tool_calls"] for raw in read] == calls
+    assert [raw.dropped_nulls for raw in read] == ([1, 1] if mode is None else [0, 0])
 
 
 def test_a_value_that_json_cannot_hold_is_a_problem_of_its_row():
     from sft_core.fetch.table_rows import number_rows
 
     good, bad = number_rows([{"a": 1}, {"a": object(), "b": "x"}])
-    assert good == ('{"a": 1}', 1, None)
+    assert good == ('{"a": 1}', 1, None, 0)
     assert bad == (
         '{"a": null, "b": "x"}',
         2,
         "not_text: column 'a': a builtins.object, which JSON cannot hold",
+        0,
     )
 
 
