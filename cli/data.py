@@ -28,7 +28,7 @@ def check(  # noqa: PLR0913 - one parameter an option
         str | None, typer.Option(help="Shipped name, module:function or path.py:function; else the best fitting one.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Configuration of a hub data set.")] = None,
-    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
+    split: Annotated[str, typer.Option(help="Split of a hub data set or of a folder.")] = "train",
     source: Annotated[
         Literal["hub", "openmind", "modelscope"] | None,
         typer.Option(help="Whose id FILE is; else a file's or the hub's."),

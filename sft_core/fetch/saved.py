@@ -1,8 +1,10 @@
 """Folders: plain ones, and those that `datasets` writes with `save_to_disk` (Dataset, DatasetDict).
 
-In: a folder on any file system, and a split. Out: its data files in order. A saved data set is the Arrow files that its
-`state.json` lists, in that order; `cache-*.arrow` that `map` left beside them, fingerprints and the JSON files that
-describe it are no data. A DatasetDict has a folder a split, named by `dataset_dict.json`.
+In: a folder on any file system, and a split. Out: its data files in order, those of the split (`splits`). A saved data
+set is the Arrow files that its `state.json` lists, in that order; `cache-*.arrow` that `map` left beside them,
+fingerprints and the JSON files that describe it are no data. A DatasetDict has a folder a split, named by
+`dataset_dict.json`. A folder that is one saved data set is read whatever split it says it is, if `split` is `train`,
+the default: it was named itself.
 """
 
 import json
@@ -12,14 +14,17 @@ from typing import Any
 from sft_core.errors import SourceError
 from sft_core.fetch.compression import plain_suffix
 from sft_core.fetch.formats import SUFFIXES
+from sft_core.fetch.splits import files_of_split
 
+TRAIN = "train"
 DICT, STATE = "dataset_dict.json", "state.json"
 DESCRIPTIONS = frozenset({DICT, STATE, "dataset_info.json", "dataset_infos.json"})
 
 
 def folder_files(fs: Any, root: str, split: str) -> list[tuple[str, str]]:
-    """(path, label) of the data files below a folder; of a saved DatasetDict, those of `split`."""
+    """(path, label) of the data files of a split below a folder."""
     folder = _folder_of_split(fs, root.rstrip("/"), split)
+    is_dict = folder != root.rstrip("/")
     listed = sorted(fs.find(folder, detail=True).items())
     files = [path for path, info in listed if info["type"] != "other"]  # a pipe or a socket would never end
     found = [path for path in files if not _is_hidden(path[len(folder) + 1 :])]
@@ -30,7 +35,17 @@ def folder_files(fs: Any, root: str, split: str) -> list[tuple[str, str]]:
             paths += [path] if _is_data(path) else []
         elif PurePosixPath(path).name == STATE:
             paths += saved[parent(path)]
-    return [(path, path[len(folder) + 1 :]) for path in paths]
+    labels = {path[len(folder) + 1 :]: path for path in paths}
+    if is_dict or (set(saved) == {folder} and split in (TRAIN, _said(fs, folder))):
+        return [(path, label) for label, path in labels.items()]
+    said = {label: _said(fs, parent(path)) for label, path in labels.items() if parent(path) in saved}
+    return [(labels[label], label) for label in files_of_split(root, list(labels), split, said)]
+
+
+def _said(fs: Any, folder: str) -> str:
+    """The split that a saved data set says it is."""
+    split = _read(fs, f"{folder}/{STATE}").get("_split")
+    return split if isinstance(split, str) and split else TRAIN
 
 
 def parent(path: str) -> str:

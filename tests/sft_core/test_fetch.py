@@ -90,7 +90,7 @@ class TestIdentity:
         digest = hashlib.sha256(b'{"a": 1}\n').hexdigest()
         parts = {"files": [{"format": "json", "sha256": digest}]}
         assert describe_source(DatasetConfig(path=str(one))).parts == parts
-        assert describe_source(DatasetConfig(path=str(two.parent), split="other", weight=0.5)).parts == parts
+        assert describe_source(DatasetConfig(path=str(two.parent), weight=0.5)).parts == parts
         two.write_text('{"a": 2}\n')
         assert describe_source(DatasetConfig(path=str(two))).parts != parts
 
