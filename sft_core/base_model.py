@@ -18,6 +18,8 @@ SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 COMMIT = re.compile("[0-9a-f]{40}")
 DEMO = ".demo/base"
 TOKENIZER_PREFIXES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")
+SMALL_FILES = ("config.json", "generation_config.json", "*.py", *(f"{prefix}*" for prefix in TOKENIZER_PREFIXES))
+"""All of a model but its weights, as patterns of names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import Any, Self
 
 from sft_core import convert, evaluate, fetch, merge, normalize, pack, train
+from sft_core.base_check import check_base
 from sft_core.base_model import BaseModelDescription, describe_base_model, local_base_model
 from sft_core.fetch import describe_source
 from sft_core.fingerprint import hash_text, hash_value
@@ -71,9 +72,11 @@ class Plan:
 
 
 def plan_recipe(recipe: Recipe) -> Plan:
-    """Name every artifact of `recipe`. Reads the sources' and the base model's bytes, and writes nothing."""
+    """Name every artifact of `recipe`. Reads the sources' and the base model's bytes, and writes nothing. ModelError if
+    the base is not whole."""
     check_training(recipe.train)
     base = describe_base_model(recipe.base_model)
+    check_base(recipe.base_model, base.commit, numbers=base.commit is None)  # a folder's bytes are read in any case
     template = _chat_template(recipe, base)
     steps: dict[str, PlannedStep] = {}
 

@@ -7,6 +7,8 @@ packs shards. With SFT_DEBUG in the environment (`sft --debug`) nothing is left 
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 DEBUG = "SFT_DEBUG"
 ABOUT_THEMSELVES = (
@@ -39,6 +41,22 @@ def quiet_libraries() -> None:
     for name in ABOUT_THEMSELVES:
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").addFilter(_is_error)  # it sets its own level
+
+
+@contextmanager
+def transformers_silent() -> Iterator[None]:
+    """Without transformers' progress bars and log: what is tried inside is said by the caller."""
+    from transformers.utils import logging as own  # slow to import
+
+    bars, level = own.is_progress_bar_enabled(), own.get_verbosity()
+    own.disable_progress_bar()
+    own.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        own.set_verbosity(level)
+        if bars:
+            own.enable_progress_bar()
 
 
 def _is_error(record: logging.LogRecord) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from sft_core.artifacts import Outcome
+from sft_core.base_check import check_folder
 from sft_core.convert.skeleton import skeleton, transposed_modules
 from sft_core.errors import ModelError
 from sft_core.merge import MergeOptions
@@ -57,6 +58,7 @@ class _Merge:
 
 def merge_chosen(base: Path, adapter_folder: Path, out: Path, options: MergeOptions) -> Outcome:
     """Merge into the base weights asked for, or into those that are proved better."""
+    check_folder(base, options.trust_remote_code, whole=False)
     model = skeleton(base, options.trust_remote_code)
     adapter = load_adapter(adapter_folder, transposed_modules(model))
     options = _as_recorded(options, adapter)

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from sft_core.base_check.generation import saveable_generation
 from sft_core.convert.tokenizer import copy_tokenizer, has_tokenizer
 from sft_core.errors import ModelError
 from sft_core.merge import MergeOptions
@@ -90,9 +91,9 @@ dequantised
 
 
 def _generation_config(base: Path, config: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """The base's, with every token that may end a turn. `_from_model_config` would have transformers ignore it."""
-    path = base / "generation_config.json"
-    generation = _read_json(path) if path.is_file() else {}
+    """The base's, in a form that can be saved again, with every token that may end a turn. `_from_model_config` would
+    have transformers ignore it."""
+    generation, _ = saveable_generation(base)
     generation.pop("_from_model_config", None)
     template = tokenizer.chat_template
     ends = stop_token_ids(tokenizer, template) if isinstance(template, str) else [tokenizer.eos_token_id]

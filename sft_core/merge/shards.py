@@ -26,6 +26,8 @@ FORMATS = (
 )
 LET_GO_BYTES = 64 << 20
 """Of a mapped tensor what has been read is let go in pieces of this size; smaller ones cost more than they save."""
+LFS = b"version https://git-lfs"
+"""How the text begins that `git clone` leaves in place of a large file."""
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 
 
@@ -105,6 +107,8 @@ def _indexed(base: Path, index: str) -> dict[str, dict[str, Place]]:
     for name in named:
         if Path(name).name != name:
             raise ModelError(f"{base / index}: names the file {name!r}, which is not in its folder")
+        if not (base / name).is_file():
+            raise ModelError(f"{base / index}: names {name}, which is not there; download the base model again")
     shards = {name: _places(base / name) for name in named}
     for tensor, shard in weight_map.items():
         if tensor not in shards[shard]:
@@ -117,6 +121,9 @@ def _indexed(base: Path, index: str) -> dict[str, dict[str, Place]]:
 
 
 def _places(path: Path) -> dict[str, Place]:
+    with path.open("rb") as file:
+        if file.read(len(LFS)) == LFS:
+            raise ModelError(f"{path}: is a pointer of Git LFS, not the weights; run `git lfs pull` in its folder")
     return _pickled(path) if path.suffix == ".bin" else _safetensors(path)
 
 

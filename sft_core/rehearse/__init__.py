@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
+from sft_core.base_check import check_base
 from sft_core.errors import SourceError
 from sft_core.pack import load_chat_template
 from sft_core.recipe import DatasetConfig, Recipe, resolve
@@ -45,6 +46,9 @@ def prepare_rehearsal(
     further ones.
     """
     check_training(recipe.train)
+    on_line(f"looking at {recipe.base_model.path}: names, shapes and numbers of its weights, its tokenizer")
+    for note in check_base(recipe.base_model, None, numbers=True):
+        on_line(f"note: {note}")
     template = load_chat_template(recipe.pack.chat_template) if recipe.pack.chat_template is not None else None
     on_line(f"taking the first {ROWS} rows of every source")
     samples, notes = _sample(recipe, scratch / "rows", list(stand_in_rows))

@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_core.base_model import TOKENIZER_PREFIXES
+from sft_core.base_model import SMALL_FILES
 from sft_core.errors import ModelError
 from sft_core.recipe import BaseModelConfig
 from sft_core.rehearse.stand_in import family_of, stand_in_config, stand_in_tokenizer
 from sft_core.rehearse.tiny import shrink, write_tiny_model
 
-SMALL_FILES = ("config.json", "generation_config.json", "*.py", *(f"{prefix}*" for prefix in TOKENIZER_PREFIXES))
-"""What a rehearsal needs of a model folder, as patterns of names."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 

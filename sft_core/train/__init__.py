@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sft_core.artifacts import Outcome
+from sft_core.base_check import check_folder
 from sft_core.errors import TrainError
 from sft_core.recipe import TrainConfig
 from sft_core.train.best import best_checkpoint, best_in
@@ -54,6 +55,8 @@ def train_adapter(
         config, resize = going_on(newest, config, num_processes)
         if resize:
             on_line(note_of(newest, config, num_processes))
+    for note in check_folder(inputs.base_model, inputs.trust_remote_code, numbers=True):
+        on_line(f"note: {note}")
     spec = TrainSpec(
         packed=str(inputs.packed.resolve()),
         base_model=str(inputs.base_model),

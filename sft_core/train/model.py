@@ -11,10 +11,11 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from sft_core.errors import RecipeError
+from sft_core.base_check.generation import saveable
+from sft_core.errors import ModelError, RecipeError
 from sft_core.recipe import LoraConfig, TrainConfig
 from sft_core.train.initial import initialise
 from sft_core.train.targets import ALL_LINEAR, adapted_modules, check_modules_to_save, fused_experts
@@ -34,19 +35,31 @@ def quantization_config(train: TrainConfig) -> BitsAndBytesConfig | None:
 
 def load_base(path: str | Path, train: TrainConfig, trust_remote_code: bool) -> Any:
     """The base as training sees it: on its device, quantised at load, SDPA attention, in the compute dtype; in float32
-    where all of it is trained without DeepSpeed, which would keep float32 copies itself."""
+    where all of it is trained without DeepSpeed, which would keep float32 copies itself. ModelError if it lacks a
+    weight."""
     quantization = quantization_config(train)
     placement = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
     placed = not is_deepspeed_zero3_enabled() and (quantization is not None or torch.cuda.is_available())
     in_masters = train.lora is None and train.deepspeed is None
-    model = AutoModelForCausalLM.from_pretrained(
+    model, report = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=torch.float32 if in_masters else getattr(torch, train.dtype),
         quantization_config=quantization,
         device_map=placement if placed else None,
         trust_remote_code=trust_remote_code,
         attn_implementation="sdpa",
+        output_loading_info=True,
     )
+    parameters = {name for name, _ in model.named_parameters()}
+    random = sorted(parameters.intersection(report["missing_keys"]))
+    if random:
+        raise ModelError(
+            f"base model {path}: its files lack {random[0]} ({len(random)} weights in all), which would begin as "
+            "random numbers; fetch it again, or take a config.json and weights that were saved together"
+        )
+    generation, changed = saveable(model.generation_config.to_diff_dict(), str(path))
+    if changed:  # the first checkpoint of a full training could not be saved
+        model.generation_config = GenerationConfig(**generation)
     keep_4bit_weights_unpacked(model)
     return model
 

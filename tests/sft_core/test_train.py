@@ -161,10 +161,12 @@ def test_an_exception_in_the_parent_ends_the_child(packed: Path, tiny_model: Pat
 
 
 @pytest.mark.slow
-def test_a_failing_child_gives_its_last_lines(packed: Path, tmp_path: Path) -> None:
+def test_a_failing_child_gives_its_last_lines(packed: Path, tiny_model: Path, tmp_path: Path) -> None:
+    torn = shutil.copytree(packed, tmp_path / "torn")
+    (torn / "bins.parquet").write_text("no Parquet at all")
     with pytest.raises(TrainError, match="status 1; full log: ") as fault:
-        train_adapter(inputs(packed, tmp_path / "no-model", tmp_path / "work"), CONFIG, 7, tmp_path / "out")
-    assert "no-model" in str(fault.value)
+        train_adapter(inputs(torn, tiny_model, tmp_path / "work"), CONFIG, 7, tmp_path / "out")
+    assert "Parquet" in str(fault.value)
 
 
 def test_one_rank_needs_no_launcher_and_several_go_through_torchrun(tmp_path: Path) -> None:
