@@ -22,6 +22,7 @@ METRICS = (
     ("perplexity", "perplexity", "{:.2f}"),
     ("token_accuracy", "token accuracy", "{:.1%}"),
     ("exact_match", "exact match", "{:.1%}"),
+    ("tool_calls", "tool calls", "{:.1%}"),
 )
 NUM_SAMPLES = 3
 

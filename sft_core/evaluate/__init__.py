@@ -11,6 +11,7 @@ from typing import Any
 from sft_core.artifacts import Outcome
 from sft_core.errors import ModelError
 from sft_core.evaluate.answers import behind_thought, load_scorer, rouge_l, score_answer, scorer_source
+from sft_core.evaluate.calls import CallScore, score_calls
 from sft_core.evaluate.harness import harness_parts, run_harness
 from sft_core.evaluate.report import EvaluationReport, Identity, Score, read_report, write_report
 from sft_core.fingerprint import hash_value
@@ -105,12 +106,15 @@ def _teacher_forced(network: Any, examples: list[Any], batch_size: int) -> list[
 def _with_answers(
     model: tuple[Any, Any, str], examples: list[Any], scores: list[Score], config: EvaluateConfig, seed: int
 ) -> list[Score]:
-    """Generate where the last message is a trained answer; which rows, is drawn by (seed, row_id)."""
+    """Generate where the last message is a trained answer, and where it calls tools, as many of each; which rows, is
+    drawn by (seed, row_id)."""
     from sft_core.evaluate.examples import check_prompt
     from sft_core.evaluate.generation import generate_answers, stop_ids_of
 
-    able = [i for i, example in enumerate(examples) if example.answer_is_trained]
-    drawn = sorted(able, key=lambda i: hash_value([seed, examples[i].row_id]))[: config.max_generated_rows]
+    drawn: list[int] = []
+    for wanted in (lambda example: example.answer_is_trained, lambda example: bool(example.calls)):
+        able = [i for i, example in enumerate(examples) if wanted(example)]
+        drawn += sorted(able, key=lambda i: hash_value([seed, examples[i].row_id]))[: config.max_generated_rows]
     if not drawn:
         return scores
     network, tokenizer, template = model
@@ -123,6 +127,12 @@ def _with_answers(
     scored = list(scores)
     for i, answer in zip(drawn, answers, strict=True):
         row = scores[i]
+        if calls := examples[i].calls:
+            rendered = str(tokenizer.decode(examples[i].reference_ids, skip_special_tokens=True))
+            scored[i] = _with_calls(
+                row, answer, score_calls(calls, answer.text, rendered), examples[i].reference_tokens
+            )
+            continue
         reference, said = behind_thought(row.reference), behind_thought(answer.text)
         scored[i] = replace(
             row,
@@ -134,3 +144,15 @@ def _with_answers(
             score=None if scorer is None else score_answer(scorer, row.row_id, examples[i].messages, said),
         )
     return scored
+
+
+def _with_calls(row: Score, answer: Any, calls: CallScore, reference_tokens: int) -> Score:
+    return replace(
+        row,
+        answer=answer.text,
+        ended=answer.ended,
+        reference_tokens=reference_tokens,
+        tool_names=calls.names,
+        tool_arguments=calls.arguments,
+        tool_calls=calls.equal,
+    )

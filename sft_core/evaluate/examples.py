@@ -49,6 +49,18 @@ class Example:
         return text and len(self.messages) > 1
 
     @property
+    def calls(self) -> list[dict[str, Any]]:
+        """Tool calls of the last message, where these are trained; else none."""
+        last = self.messages[-1]
+        made = last.get("tool_calls") if last["role"] == "assistant" and last.get("weight") != 0 else None
+        return plain_message(last, None)["tool_calls"] if made and len(self.messages) > 1 else []
+
+    @property
+    def reference_ids(self) -> list[int]:
+        """The last trained turn without the token that ends it."""
+        return list(self.sequences[-1].input_ids[self._answer_start : self._last_trained])
+
+    @property
     def prompt(self) -> str:
         """What the users said, for people."""
         return " / ".join(m["content"] or "" for m in self.messages if m["role"] == "user")

@@ -30,6 +30,9 @@ SCHEMA = pa.schema(
         ("reference_tokens", pa.int64()),
         ("exact_match", pa.bool_()),
         ("rouge_l", pa.float64()),
+        ("tool_names", pa.float64()),
+        ("tool_arguments", pa.float64()),
+        ("tool_calls", pa.float64()),
         ("score", pa.float64()),
     ]
 )
@@ -44,7 +47,8 @@ class Score:
     losses of two models may be compared where it is equal. `ended` says whether the generated answer came to a stop
     token within `evaluate.max_new_tokens`; `reference_tokens` is how many the reference takes, its stop token
     included. These two, `exact_match` (0 or 1), `rouge_l` (0 to 1) and `score` (the user's) are None where no answer
-    was generated, `score` also where there is no scorer, and the first two in reports of earlier versions.
+    was generated, `score` also where there is no scorer, and the first two in reports of earlier versions. Where the
+    reference calls tools, `tool_names`, `tool_arguments` and `tool_calls` (see `calls`) stand for these three.
     """
 
     row_id: str
@@ -62,6 +66,9 @@ class Score:
     reference_tokens: int | None = None
     exact_match: bool | None = None
     rouge_l: float | None = None
+    tool_names: float | None = None
+    tool_arguments: float | None = None
+    tool_calls: float | None = None
     score: float | None = None
 
 
@@ -98,6 +105,9 @@ METRICS: dict[str, Metric] = {
     "ended": Metric(lambda s: s.ended, lambda _: 1.0, unit="of the answers"),
     "exact_match": Metric(lambda s: s.exact_match, lambda _: 1.0, unit="of the answers"),
     "rouge_l": Metric(lambda s: s.rouge_l, lambda _: 1.0, unit="ROUGE-L F1"),
+    "tool_names": Metric(lambda s: s.tool_names, lambda _: 1.0, unit="of the tool calls"),
+    "tool_arguments": Metric(lambda s: s.tool_arguments, lambda _: 1.0, unit="of the tool calls"),
+    "tool_calls": Metric(lambda s: s.tool_calls, lambda _: 1.0, unit="of the tool calls"),
     "score": Metric(lambda s: s.score, lambda _: 1.0, unit="the scorer's mean"),
 }
 

@@ -64,12 +64,19 @@ def check_scorable(recipe: Recipe, conversations: Path, packed: Path, template: 
     needed, set_aside = heldout_needed(recipe.register_), Counter[str]()
     examples = scorable_examples(conversations, tokenizer, template, recipe.pack.max_length, set_aside)
     if recipe.evaluate.judges_answers:
-        examples = (example for example in examples if example.answer_is_trained)
+        calls = recipe.evaluate.primary_metric == "tool_calls"
+        examples = (example for example in examples if (example.calls if calls else example.answer_is_trained))
     left = sum(1 for _ in islice(examples, needed))
     if left < needed:
         counts = ", ".join(f"{count} {reason}" for reason, count in set_aside.most_common())
         aside = f" (set aside: {counts})" if counts else ""
-        answers = " by a generated answer (evaluate.primary_metric)" if recipe.evaluate.judges_answers else ""
+        answers = ""
+        if recipe.evaluate.judges_answers:
+            kind = "tool call" if recipe.evaluate.primary_metric == "tool_calls" else "text answer"
+            answers = (
+                f" by a {kind} (evaluate.primary_metric: {recipe.evaluate.primary_metric}; loss takes any row, "
+                "tool_calls those that end with a call, exact_match, rouge_l and score those that end with a text)"
+            )
         raise DataError(
             f"only {left} held-out rows can be scored{answers}{aside}: {why_needed(recipe.register_)}. Raise "
             f"pack.max_length ({recipe.pack.max_length}) or eval_fraction, or name eval_datasets; "

@@ -96,16 +96,20 @@ class MergeConfig(Section):
 class EvaluateConfig(Section):
     """Scores of one model on the held-out rows."""
 
-    primary_metric: Literal["loss", "bits_per_byte", "token_accuracy", "exact_match", "rouge_l", "score"] = "loss"
-    """The metric that decides promotion; `score` is the scorer's. Where two models read by different tokenizers or
-    templates, `bits_per_byte` stands in for `loss`."""
+    primary_metric: Literal[
+        "loss", "bits_per_byte", "token_accuracy", "exact_match", "rouge_l", "tool_calls", "score"
+    ] = "loss"
+    """The metric that decides promotion; `score` is the scorer's, `tool_calls` the share of calls with the right name
+    and equal arguments. Where two models read by different tokenizers or templates, `bits_per_byte` stands in for
+    `loss`."""
     scorer: str | None = None
     """A function of yours, `package.module:function` or `path.py:function`: prompt messages, reference, answer -> a
     number, higher is better."""
     max_new_tokens: Positive = 256
     """Tokens generated an answer."""
     max_generated_rows: Annotated[int, Field(ge=0)] = 200
-    """Held-out rows answered by generation; 0 for none. Loss is measured on all of them."""
+    """Held-out rows answered by generation, and as many of those that end with a call; 0 for none. Loss is measured on
+    all of them."""
     batch_size: Positive = 16
     """Rows scored at a time."""
     harness_tasks: tuple[str, ...] = ()
@@ -117,7 +121,7 @@ class EvaluateConfig(Section):
     @property
     def judges_answers(self) -> bool:
         """Whether the primary metric is of generated answers."""
-        return self.primary_metric in ("exact_match", "rouge_l", "score")
+        return self.primary_metric in ("exact_match", "rouge_l", "tool_calls", "score")
 
     @model_validator(mode="after")
     def _score_has_a_scorer(self) -> "EvaluateConfig":

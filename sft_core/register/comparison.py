@@ -18,7 +18,7 @@ from sft_core.register.statistics import gain_found, interval, p_value
 
 TOKEN_METRICS = frozenset({"loss", "token_accuracy"})
 """Mean nothing across tokenizers or templates."""
-SHARES = frozenset({"token_accuracy", "exact_match", "rouge_l"})
+SHARES = frozenset({"token_accuracy", "exact_match", "rouge_l", "tool_calls"})
 """Between 0 and 1."""
 CONFIDENCE = 0.95
 POWER = 0.8

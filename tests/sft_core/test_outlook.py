@@ -72,7 +72,7 @@ def test_held_out_rows_that_cannot_be_scored_end_the_run(
     ):
         check(pack={"max_length": 16})
     few = write_conversations(tmp_path / "few", 1, 6)
-    with pytest.raises(DataError, match="only 6 held-out rows can be scored by a generated answer"):
+    with pytest.raises(DataError, match="only 6 held-out rows can be scored by a text answer"):
         check_scorable(recipe(evaluate={"primary_metric": "rouge_l"}), few, tmp_path / "packed", template)
 
 
