@@ -163,7 +163,9 @@ def _normalize_parts(recipe: Recipe) -> dict[str, Any]:
 
 def _pack_parts(recipe: Recipe, base: BaseModelDescription, template: str) -> dict[str, Any]:
     return {
-        "pack": recipe.pack.model_dump(mode="json", exclude={"chat_template", "template_kwargs", "reasoning"}),
+        "pack": recipe.pack.model_dump(
+            mode="json", exclude={"chat_template", "template_kwargs", "reasoning", "train_on"}
+        ),
         "seed": recipe.seed,
         "tokenizer": base.tokenizer_fingerprint,
         "chat_template": hash_text(template),

@@ -24,7 +24,7 @@ from sft_core.train.metrics import read_metrics
 from sft_core.train.spec import SAMPLES, TrainSpec
 from sft_core.train.world_size import RESIZED, going_on, note_of
 
-STEP_VERSION = 4
+STEP_VERSION = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

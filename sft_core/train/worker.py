@@ -106,6 +106,9 @@ def run(spec: Any, heart: Any, ddp_timeout: float) -> int:
     trainer.across = across_ranks(config.sequence_parallel_size)
     resume = _newest_checkpoint(spec, arguments)
     log.start(resume, speaks=arguments.process_index == 0)
+    if arguments.process_index == 0 and (warmup := arguments.get_warmup_steps(max_steps)):
+        first = config.learning_rate / (warmup + 1)
+        print(f"note: warm-up: {warmup} of {max_steps} optimizer steps, the first at {first:.3g}", flush=True)
     if resume and (step_of(resume) >= max_steps or stopped_early(resume, config.early_stopping_patience)):
         return 0  # it was killed before its result was taken; the Trainer would take one step more
     if config.eval_steps is not None:
