@@ -2,8 +2,9 @@
 
 In: a data set, where the user named one a map_fn, and what a run would ask of its rows. Out: a `CheckReport`. All is
 written to a temporary folder and dropped. Where `sft run` would fail, the report has a warning. Without a map_fn the
-one is taken that reads most of the first TRIED_ROWS rows; of equals the first in `sft_core.normalize.reads`;
-pretrain, which reads any text, only where no other reads a row.
+one is taken that understands most of the first TRIED_ROWS rows, by the bytes of the columns that it reads (not by
+rows: the one that ignores most would read most); of several the first in `sft_core.normalize.reads`; pretrain, which
+reads any text, only where no other reads a row.
 """
 
 import itertools
@@ -20,8 +21,8 @@ from sft_core.normalize.dataset import NormalizeSource, plan_shards, sort_rows
 from sft_core.normalize.limits import check_limits
 from sft_core.normalize.load import load_map_fn, shipped_name
 from sft_core.normalize.map_fns import MAP_FNS
-from sft_core.normalize.reads import READS, added_system, suggest_map_fns
-from sft_core.normalize.rows import read_conversation, read_row
+from sft_core.normalize.reads import READS, added_system, holds_something, suggest_map_fns
+from sft_core.normalize.rows import convert_row, read_row
 from sft_core.normalize.tally import NO_FAULT, Tally
 from sft_core.recipe import DatasetConfig, NormalizeConfig, Recipe, RegisterConfig
 from sft_core.shard_rows import read_shards
@@ -29,6 +30,9 @@ from sft_core.shard_rows import read_shards
 TRIED_ROWS = 500
 ENOUGH = 0.5
 """Fraction of rows. Below it the report names other map_fns."""
+MOST = 0.5
+"""Fraction of what the best map_fn understands that counts as much as all of it: then `READS` has the order."""
+LAST = "pretrain"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,15 +150,24 @@ def _fitting(records: list[dict[str, Any]]) -> tuple[dict[str, int], tuple[str, 
         columns[tuple(sorted(rows[-1]))] += 1
     suggested = {name for row in rows for name in suggest_map_fns(row)}
     names = [name for name in READS if name in suggested]
-    read = {name: sum(_reads(name, record) for record in records) for name in names}
-    last = {"pretrain"} if any(count for name, count in read.items() if name != "pretrain") else set()
-    ordered = sorted(names, key=lambda name: (name in last, -read[name]))
-    return {name: read[name] for name in ordered}, next(iter(columns.most_common(1)), ((), 0))[0]
+    read = {
+        name: [found for row in rows if READS[name].fits(row) and (found := _understood(name, row))] for name in names
+    }
+    best = max((sum(read[name]) for name in names if name != LAST), default=0)
+    enough = MOST * best if best else float("inf")
+    ordered = sorted(names, key=lambda name: (name == LAST and best > 0, -min(sum(read[name]), enough)))
+    return {name: len(read[name]) for name in ordered}, next(iter(columns.most_common(1)), ((), 0))[0]
 
 
-def _reads(name: str, record: dict[str, Any]) -> bool:
+def _understood(name: str, row: dict[str, Any]) -> int:
+    """Bytes of a row in the columns that a map_fn reads; 0 where it makes nothing of the row."""
     try:
-        read_conversation(record, MAP_FNS[name])
+        convert_row(row, MAP_FNS[name])
     except RowError:
-        return False
-    return True
+        return 0
+    read = READS[name].of(row)
+    return 1 + sum(
+        len(str(value).encode("utf-8", "replace"))
+        for column, value in row.items()
+        if column in read and holds_something(value)
+    )

@@ -26,6 +26,9 @@ def run(*arguments: str) -> str:
 
 
 CHAT = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]
+TABLE = {"context": "CREATE TABLE t (a INT)", "question": "How many?", "answer": "SELECT COUNT(*) FROM t"}
+PROSE = {"context": "Ann ran over the hill.", "question": "Who?", "answer": "It was Ann who ran over the hill."}
+NO_OUTPUT = {"instruction": "Open it.", "input": "", "output": "<nooutput>"}
 CALLS = [{"role": "user", "content": "A"}, {"role": "assistant", "tool_calls": [{"name": "f"}]}]
 
 
@@ -66,6 +69,21 @@ class TestReport:
     def test_the_best_fitting_one(self, tmp_path, row, map_fn):
         report = check(tmp_path, [row])
         assert (report.map_fn, report.chosen, report.rows_out) == (map_fn, True, 1)
+
+    @pytest.mark.parametrize(
+        ("rows", "map_fn"),
+        [
+            ([*[{"instruction": "Add.", "input": "2 3", "output": "5"}] * 3, NO_OUTPUT], "alpaca"),
+            ([{"prompt": "A", "response": "B", "messages": [*CHAT, *CHAT]}], "messages"),
+            ([{"input": "A", "output": "B", "conversation": [{"input": "A", "output": "B"}]}], "default"),
+            ([{"instruction": "I", "context": "C", "response": "R", "prompt": "P"}], "dolly"),
+            ([{"instruction_zh": "加。", "output_zh": "五", "instruction": "Add.", "output": "five"}], "alpaca_zh"),
+            ([TABLE, PROSE, PROSE], "squad"),
+            ([TABLE, TABLE, PROSE], "sql"),
+        ],
+    )
+    def test_the_one_that_understands_most_not_the_one_that_ignores_most(self, tmp_path, rows, map_fn):
+        assert check(tmp_path, rows).map_fn == map_fn
 
     def test_plain_text_is_the_last_choice(self, tmp_path):
         report = check(tmp_path, [{"text": "### Human: A### Assistant: B"}, *({"text": f"{n}"} for n in range(9))])
