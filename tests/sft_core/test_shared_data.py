@@ -44,6 +44,29 @@ class TestSharedData:
         "oasst1/oa_questions_open_ended.jsonl": {"empty_answer": 159},
         "openai/azure_math_no_assistant.jsonl": {"no_assistant_turn": 378},
     }
+    UNREAD = {
+        "alpaca/alpaca_tiny_with_text.json": "text",
+        "alpaca/gpteacher_toolformer_0.6.json": "example_input",
+        "alpaca_zh/alpaca_zh_bilingual_15323-18280.jsonl": "input instruction output",
+        "corner/broken_lines_user_3.jsonl": "instruction",
+        "corner/nel_u0085_triviaqa.jsonl": "aliases answer context",
+        "corner/oasst1_messages_nulls.jsonl": "created_date deleted detoxify emojis labels lang message_id "
+        "message_tree_id parent_id rank review_count review_result role text tree_state user_id",
+        "default/litgpt_longform_train.json": "source subset",
+        "extra/dolly_fixture.json": "category",
+        "extra/sql_eval_sqlite.csv": "db_name db_type instructions query query_category question",
+        "medical/huatuo_liver_cancer.json": "id",
+        "oasst1/oa_questions_complete.jsonl": "lang",
+        "oasst1/oa_questions_open_ended.jsonl": "category input lang message_id output parent_id prompt question_id "
+        "rank",
+        "openai/xtuner_mllm_sft_text.jsonl": "id",
+        "sharegpt/fastchat_dummy.json": "id",
+        "tiny_codes/distillanything_train.jsonl": "teacher",
+        "tiny_codes/humaneval_x_python_java_js.jsonl": "programming_language task_id",
+        "tiny_codes/mbpp.jsonl": "task_id test_list",
+        "tiny_codes/selfinstruct_davinci-self-instruct.jsonl": "input instruction target",
+        "tiny_codes/selfinstruct_text-davinci-003.jsonl": "input instruction target",
+    }
 
     @pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data beside this checkout")
     def test_every_row_of_every_file(self, tmp_path):
@@ -64,6 +87,8 @@ class TestSharedData:
             for name, entry in outcome.facts["datasets"].items()
         }
         assert {name: reasons for name, reasons in faults.items() if reasons} == self.SET_ASIDE
+        unread = {name: entry.get("unread_columns", {}) for name, entry in outcome.facts["datasets"].items()}
+        assert {name: " ".join(sorted(columns)) for name, columns in unread.items() if columns} == self.UNREAD
         left_out = outcome.ledger["rows"]["set_aside"]
         assert (left_out["near_duplicate"], left_out["repeated"]) == (229, 206)
         assert outcome.ledger["rows"]["in"] == 45878
