@@ -17,7 +17,7 @@ from sft_core.errors import RowError
 from sft_core.fingerprint import canonical_json
 from sft_core.normalize.columns import answer_in, check_answer, messages_in, short
 from sft_core.normalize.content import check_utf8, content_in
-from sft_core.normalize.marks import trained
+from sft_core.normalize.marks import check_row, trained
 from sft_core.normalize.thoughts import thought_in
 from sft_core.normalize.tool_calls import calls_in, calls_text, check_calls, tools_text
 
@@ -30,6 +30,7 @@ ROLES = {
     "tool": "tool",
     "function": "tool",
 }
+KEYS = ("conversation", "messages", "text", "tools")
 SHAPES = "a map_fn returns {'conversation': [...]}, {'messages': [...]} or {'text': '...'}"
 
 
@@ -56,8 +57,11 @@ class Conversation:
 def to_conversation(returned: object) -> Conversation:
     """Messages and tools of what a map_fn returned."""
     messages = to_messages(returned)
-    shown = returned["tools"] if isinstance(returned, dict) and "messages" in returned and "tools" in returned else None
-    tools = tools_text(shown)
+    assert isinstance(returned, dict), "to_messages refuses all else"
+    check_row({key: value for key, value in returned.items() if key not in KEYS})
+    tools = tools_text(returned.get("tools"))
+    if tools and messages[0]["role"] == TEXT_ROLE:
+        raise RowError("bad_conversation", "plain text has no place for tools; return messages")
     check_calls(messages, tools)
     return Conversation(messages, tools)
 

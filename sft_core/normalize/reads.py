@@ -18,6 +18,8 @@ from sft_core.normalize.marks import CAMEL, check_row
 
 SYSTEM = ("system", "system_prompt")
 TOOLS = ("tools", "functions")
+VERDICTS = ("label", "kto_tag")
+"""Columns of TRL's and LLaMA-Factory's unpaired preferences: false says that the answer is a bad one."""
 PREFERENCES = frozenset("rejected rejected_response rejected_responses rejected_answer chosen chosen_response".split())
 MEDIA = frozenset("image images video videos audio audios".split())
 CONTEXT = frozenset(
@@ -28,6 +30,8 @@ THOUGHTS = frozenset(
     "reasoning reasoning_content thinking thought thoughts think cot chain_of_thought reasoning_details".split()
 )
 """Columns that hold what was thought before a plain answer in a column of its own."""
+SOURCES = frozenset("passage article paragraph choices options".split())
+"""Columns that a question of a column of its own is about."""
 EMPTY_TEXTS = frozenset({"", "[]", "{}", "null", "none", "nan"})
 WHY = {
     "preference": "preference data is no data for supervised fine-tuning: keep the good answers only",
@@ -40,11 +44,13 @@ WHY = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reads:
     """`ways`: the columns that the map_fn cannot do without, in the order in which it looks; `uses`: columns that it
-    reads where they are; `adds`: the system prompt that it puts into every row; `flat`: one answer, a text in a column;
-    `holds`: a text that the first of its columns must hold before it is suggested."""
+    reads where they are; `asks`: columns that belong to the request where they are, and that it does not read; `adds`:
+    the system prompt that it puts into every row; `flat`: one answer, a text in a column; `holds`: a text that the
+    first of its columns must hold before it is suggested."""
 
     ways: tuple[tuple[str, ...], ...]
     uses: tuple[str, ...] = ()
+    asks: tuple[str, ...] = ()
     adds: str = ""
     flat: bool = False
     holds: str = ""
@@ -61,8 +67,8 @@ class Reads:
         return frozenset((*way, *self.uses))
 
 
-def _flat(*ways: str, uses: tuple[str, ...] = (), adds: str = "", holds: str = "") -> Reads:
-    return Reads(ways=tuple(tuple(way.split()) for way in ways), uses=uses, adds=adds, flat=True, holds=holds)
+def _flat(*ways: str, **keys: Any) -> Reads:
+    return Reads(ways=tuple(tuple(way.split()) for way in ways), flat=True, **keys)
 
 
 READS: dict[str, Reads] = {
@@ -86,8 +92,8 @@ READS: dict[str, Reads] = {
     "law_reference": _flat("question answer", adds=LAWYER),
     "alpaca": _flat("instruction output", uses=("input", "history", *SYSTEM)),
     "medical": _flat("instruction output", uses=("input",), adds=MEDICAL),
-    "default": _flat("input output", "conversation"),
-    "crime_kg_assitant": _flat("input output", adds=LAWYER),
+    "default": _flat("input output", "conversation", asks=("instruction",)),
+    "crime_kg_assitant": _flat("input output", asks=("instruction",), adds=LAWYER),
     "oasst1": Reads(ways=(("text",),)),
     "pretrain": Reads(ways=(("text",),)),
 }
@@ -135,8 +141,10 @@ def check_columns(row: Mapping[str, Any], map_fn: Callable[..., Any]) -> None:
     if found is None:
         return
     name, entry = found
-    for column in unread_columns(row, map_fn):
-        if kind := _kind(column, entry.flat):
+    bad = [column for column in VERDICTS if row.get(column) is False and column not in entry.of(row)]
+    for column in (*bad, *unread_columns(row, map_fn)):
+        kind = "preference" if column in bad else "context" if column in entry.asks else _kind(column, entry.flat)
+        if kind:
             raise RowError(
                 "unread_column",
                 f"column {column!r} is not read by {name}: {short(row[column])}; {WHY[kind]}. A map_fn of your own can "
@@ -170,4 +178,4 @@ def _kind(column: object, flat: bool) -> str | None:
         return "media"
     if flat and name in THOUGHTS:
         return "thought"
-    return "context" if name in CONTEXT else None
+    return "context" if name in CONTEXT or (flat and name in SOURCES) else None

@@ -160,9 +160,25 @@ class TestEveryMapFn:
         for other in ({"mask": "User"}, {"weight_kg": 70.5}, {"training_set": "news"}, {"masks": None}):
             assert texts(name, {**row, **other}) == texts(name, row)
 
+    def test_answers_that_were_judged_as_bad(self, name):
+        for column in ("label", "kto_tag"):
+            assert reason(name, {**ROWS[name], column: False}) == "unread_column"
+            for value in (True, 0, "news", None):
+                assert texts(name, {**ROWS[name], column: value}) == texts(name, ROWS[name])
+
+    def test_what_a_question_is_about(self, name):
+        for column in ("choices", "options", "passage", "article"):
+            row = {**ROWS[name], column: ["a", "b"]}
+            assert reason(name, row) == "unread_column" if name in FLAT else texts(name, row)
+
     def test_other_columns_are_counted(self, name):
         row = {"id": 7, "lang": "en", "note": "", "labels": [], **ROWS[name]}
         assert unread_columns(row, MAP_FNS[name]) == ["id", "lang"]
+
+
+@pytest.mark.parametrize("name", ["default", "crime_kg_assitant"])
+def test_an_instruction_beside_input_and_output(name):
+    assert reason(name, {**ROWS["alpaca"]}) == "unread_column"
 
 
 class TestWhatIsUsed:
@@ -302,6 +318,21 @@ class TestReport:
         assert len(report.unread_columns) == 50
         assert report.unread_columns["\\ud800"] == 60
         assert max(map(len, report.unread_columns)) == 60
+
+
+class TestWhatAMapFnReturns:
+    def test_tools_beside_turns(self):
+        turns = [{"input": "A", "output": "B"}]
+        assert to_conversation({"conversation": turns, "tools": TOOLS}).tools
+        with pytest.raises(RowError, match="bad_conversation: plain text has no place for tools"):
+            to_conversation({"text": "T", "tools": TOOLS})
+
+    @pytest.mark.parametrize("returned", [{"messages": CHAT}, {"conversation": [{"output": "B"}]}, {"text": "T"}])
+    def test_marks_beside_it(self, returned):
+        assert to_conversation({**returned, "weight": 1, "id": 7, "weight_kg": 0.5}).messages
+        for marks, expected in (({"weight": 0}, "all_weights_zero"), ({"train": "x"}, "bad_mark")):
+            with pytest.raises(RowError, match=expected):
+                to_conversation({**returned, **marks})
 
 
 def test_a_shipped_one_called_by_a_user_s_own_still_reads_marks():
