@@ -1,7 +1,7 @@
 """Folders: plain ones, and those that `datasets` writes with `save_to_disk` (Dataset, DatasetDict).
 
-In: a folder on any file system, and a split. Out: its data files in order, those of the split (`splits`). A saved data
-set is the Arrow files that its `state.json` lists, in that order; `cache-*.arrow` that `map` left beside them,
+In: a folder on any file system, and a split. Out: the files of the split (`card`, `splits`), in order. A saved data set
+is the Arrow files that its `state.json` lists, in that order; `cache-*.arrow` that `map` left beside them,
 fingerprints and the JSON files that describe it are no data. A DatasetDict has a folder a split, named by
 `dataset_dict.json`. A folder that is one saved data set is read whatever split it says it is, if `split` is `train`,
 the default: it was named itself.
@@ -12,16 +12,16 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from sft_core.errors import SourceError
+from sft_core.fetch.card import TRAIN, splits_of_card
 from sft_core.fetch.compression import plain_suffix
 from sft_core.fetch.formats import SUFFIXES
-from sft_core.fetch.splits import files_of_split
+from sft_core.fetch.splits import files_of_split, told_by_names
 
-TRAIN = "train"
 DICT, STATE = "dataset_dict.json", "state.json"
 DESCRIPTIONS = frozenset({DICT, STATE, "dataset_info.json", "dataset_infos.json"})
 
 
-def folder_files(fs: Any, root: str, split: str) -> list[tuple[str, str]]:
+def folder_files(fs: Any, root: str, split: str, name: str | None = None) -> list[tuple[str, str]]:
     """(path, label) of the data files of a split below a folder."""
     folder = _folder_of_split(fs, root.rstrip("/"), split)
     is_dict = folder != root.rstrip("/")
@@ -39,7 +39,8 @@ def folder_files(fs: Any, root: str, split: str) -> list[tuple[str, str]]:
     if is_dict or (set(saved) == {folder} and split in (TRAIN, _said(fs, folder))):
         return [(path, label) for label, path in labels.items()]
     said = {label: _said(fs, parent(path)) for label, path in labels.items() if parent(path) in saved}
-    return [(labels[label], label) for label in files_of_split(root, list(labels), split, said)]
+    told = splits_of_card(fs, folder, list(labels), name) or told_by_names(root, list(labels), said)
+    return [(labels[label], label) for label in files_of_split(root, told, split)]
 
 
 def _said(fs: Any, folder: str) -> str:

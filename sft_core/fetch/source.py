@@ -78,7 +78,7 @@ def describe_source(dataset: DatasetConfig) -> SourceDescription:
         return SourceDescription(path=path, other=describe_other_hub(dataset))
     try:
         fs, root = url_to_fs(_shipped_rows(path) or path)
-        files = _find_files(fs, root, dataset.split)
+        files = _find_files(fs, root, dataset)
     except SourceError:
         raise
     except Exception as error:  # noqa: BLE001 - every file system raises errors of its own
@@ -96,12 +96,12 @@ def _shipped_rows(path: str) -> str | None:
     return str(shipped) if path.startswith(SHIPPED) and shipped.is_file() and not Path(path).exists() else None
 
 
-def _find_files(fs: Any, root: str, split: str) -> list[tuple[str, str]] | None:
+def _find_files(fs: Any, root: str, dataset: DatasetConfig) -> list[tuple[str, str]] | None:
     """(path, label) of the source's files by name; None when nothing is there."""
     if fs.isfile(root):
         return [(root, PurePosixPath(root).name)]
     if fs.isdir(root):
-        return folder_files(fs, root, split)
+        return folder_files(fs, root, dataset.split, dataset.name)
     if glob.has_magic(root):
         fixed = root[: re.search(r"[*?\[]", root).start()].rpartition("/")[0]  # type: ignore[union-attr]
         return [(path, path[len(fixed) :].lstrip("/")) for path in sorted(fs.glob(root)) if fs.isfile(path)]

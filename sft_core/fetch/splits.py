@@ -1,11 +1,11 @@
 """Which of a folder's files belong to a split: the rule of `datasets`, from the names of files and folders.
 
-In: paths below the folder, and a split. Out: the paths of that split, or a SourceError that names the files. The rule
-(https://huggingface.co/docs/datasets/repository_structure; `datasets.data_files` in code): `data/NAME-00000-of-00001.*`
-is of the split NAME; else a folder's, else a file's name tells by one of KEYWORDS between its ends and the marks
-`-._ ` or digits; where no name tells, all files are `train`. Stricter than `datasets` where that reads or drops rows
-in silence: letters' case does not count; a file whose names tell two splits, and one that tells none beside files that
-do, are errors.
+In: paths below the folder, and a split. Out: the paths of that split, or a SourceError that names the files. A card
+goes before (`card`). The rule (https://huggingface.co/docs/datasets/repository_structure; `datasets.data_files`):
+`data/NAME-00000-of-00001.*` is of the split NAME; else a folder's, else a file's name tells by one of KEYWORDS between
+its ends and the marks `-._ ` or digits; where no name tells, all files are `train`. Stricter than `datasets` where that
+reads or drops rows in silence: letters' case does not count; a file whose names tell two splits, and one that tells
+none beside files that do, are errors.
 """
 
 import re
@@ -27,25 +27,34 @@ TOLD = {
 SHOWN = 3
 
 
-def files_of_split(root: str, labels: Sequence[str], split: str, saved: Mapping[str, str]) -> list[str]:
-    """The labels of `split`, in order. `saved`: what saved data sets say they are, for when no name tells."""
+Told = Mapping[str, tuple[str, ...]]
+"""The splits that each path tells."""
+
+
+def told_by_names(root: str, labels: Sequence[str], saved: Mapping[str, str]) -> Told:
+    """The split of each path. `saved`: what saved data sets say they are, for when no name tells."""
     told = {label: splits_told(label) for label in labels}
+    if not any(told.values()):
+        return {label: (saved.get(label, "train"),) for label in labels}
     unclear = [label for label, splits in told.items() if len(splits) > 1]
     if unclear:
         raise SourceError(
             f"{root}: the name of {_shown(unclear)} tells {' and '.join(told[unclear[0]])}; rename it, or name the "
             "files that you mean by a pattern"
         )
-    if not any(told.values()):
-        told = {label: (saved.get(label, "train"),) for label in labels}
     silent = [label for label, splits in told.items() if not splits]
     if silent:
         raise SourceError(
             f"{root}: some files' names tell their split, {_shown(silent)} not; name the files that you mean by a "
             f"pattern, or put a split into each name. {_by_split(told)}"
         )
-    chosen = [label for label, splits in told.items() if splits == (split,)]
-    if labels and not chosen:
+    return told
+
+
+def files_of_split(root: str, told: Told, split: str) -> list[str]:
+    """The paths of `split`, in order."""
+    chosen = [label for label, splits in told.items() if split in splits]
+    if told and not chosen:
         raise SourceError(
             f"{root}: no file of the split {split!r}; set `split` to one that is there, or name the files that you "
             f"mean. {_by_split(told)}"
@@ -71,7 +80,7 @@ def _told(names: list[str]) -> tuple[str, ...]:
     return tuple(split for split, pattern in TOLD.items() if any(pattern.search(name) for name in names))
 
 
-def _by_split(told: Mapping[str, tuple[str, ...]]) -> str:
+def _by_split(told: Told) -> str:
     found: dict[str, list[str]] = {}
     for label, splits in told.items():
         for split in splits:

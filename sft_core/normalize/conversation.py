@@ -88,7 +88,9 @@ def to_messages(returned: object) -> list[Message]:
     else:
         raise RowError("bad_conversation", f"{SHAPES}; this one has the keys {', '.join(map(str, returned)) or 'none'}")
     if not any(message["weight"] for message in messages):
-        raise RowError("all_weights_zero", "no answer is trained: all of them are marked so (see the module marks)")
+        raise RowError(
+            "all_weights_zero", "no answer is trained: all of them have weight 0, or another mark that says so"
+        )
     return messages
 
 

@@ -15,6 +15,8 @@ from sft_core.fingerprint import hash_value
 from sft_core.normalize.heldout import HeldOutWriter, settle
 from sft_core.normalize.identity import map_fn_source
 from sft_core.normalize.limits import check_limits
+from sft_core.normalize.load import shipped_name
+from sft_core.normalize.reads import added_system
 from sft_core.normalize.shard import ShardWork, load_once, make_shard
 from sft_core.normalize.sketch import PARAMETERS
 from sft_core.normalize.tally import Tally
@@ -52,7 +54,11 @@ def normalize_dataset(
     overlaps = any(source.held_out for source in sources)
     tally = sort_rows(jobs, config.near_duplicates, overlaps, out, sharding)
     check_limits(tally, config.max_quarantined_fraction, {source.name: source.map_fn for source in sources})
-    return Outcome(ledger=tally.ledger(), facts=tally.facts())
+    facts = tally.facts()
+    for source in sources:
+        if prompt := added_system(shipped_name(source.map_fn) or ""):
+            facts["datasets"][source.name]["adds_system_prompt"] = prompt.strip()
+    return Outcome(ledger=tally.ledger(), facts=facts)
 
 
 def plan_shards(sources: Sequence[NormalizeSource], eval_fraction: float, seed: int) -> list[ShardJob]:

@@ -104,6 +104,56 @@ class TestFolders:
         assert describe_source(DatasetConfig(path=str(one))).parts == parts
 
 
+CARDS = {
+    "list": "configs:\n- config_name: default\n  data_files:\n  - {split: train, path: a.jsonl}\n"
+    "  - {split: test, path: [b.jsonl, 'c/*']}\n",
+    "mapping": "configs:\n- data_files: {train: a.jsonl, test: [b.jsonl, 'c/**']}\n",
+    "several, one the default": "configs:\n- {config_name: x, data_files: b.jsonl}\n"
+    "- config_name: y\n  default: true\n  data_files:\n  - {split: train, path: 'a.*'}\n"
+    "  - {split: test, path: [b.jsonl, c/d.jsonl]}\n",
+}
+
+
+class TestCard:
+    LABELS = ("a.jsonl", "b.jsonl", "c/d.jsonl")
+
+    @pytest.mark.parametrize("name", CARDS)
+    def test_what_the_card_lists(self, tmp_path, name):
+        folder = make(tmp_path / "rows", self.LABELS)
+        (folder / "README.md").write_text(f"---\nlicense: mit\n{CARDS[name]}---\n# Rows\n")
+        assert (fetch(folder), fetch(folder, "test")) == (["a.jsonl"], ["b.jsonl", "c/d.jsonl"])
+        assert "There are: train (a.jsonl); test (b.jsonl, c/d.jsonl)" in refusal(folder, "validation")
+
+    def test_a_configuration_by_name(self, tmp_path):
+        folder = make(tmp_path / "rows", self.LABELS)
+        card = "configs:\n- {config_name: x, data_files: a.jsonl}\n- {config_name: y, data_files: [b.jsonl]}\n"
+        (folder / "README.md").write_text(f"---\n{card}---\n")
+        assert "lists the configurations x, y; set `name` to one of them, or name" in refusal(folder)
+        fetch_dataset(DatasetConfig(path=str(folder), name="y"), tmp_path / "out")
+        assert [row["file"] for row in read_shards(tmp_path / "out" / "rows")] == ["b.jsonl"]
+
+    @pytest.mark.parametrize(
+        "card",
+        [
+            "# Rows",
+            "---\n: [\n---\n",
+            "---\nconfigs: 7\n---\n",
+            "---\nconfigs:\n- data_dir: c\n---\n",
+            "---\n[]\n---\n",
+        ],
+    )
+    def test_other_readmes(self, tmp_path, card):
+        folder = make(tmp_path / "rows", self.LABELS)
+        (folder / "README.md").write_text(card)
+        assert fetch(folder) == list(self.LABELS)
+
+    def test_files_outside_of_the_folder_are_never_read(self, tmp_path):
+        folder = make(tmp_path / "rows", ["a.jsonl"])
+        make(tmp_path, ["secret.jsonl"])
+        (folder / "README.md").write_text("---\nconfigs:\n- data_files: [a.jsonl, ../secret.jsonl]\n---\n")
+        assert fetch(folder) == ["a.jsonl"]
+
+
 class TestSaved:
     def save(self, folder: Path, value: str, split: str | None = None) -> None:
         Dataset.from_list([{"a": value}], split=NamedSplit(split) if split else None).save_to_disk(str(folder))

@@ -33,7 +33,7 @@ def source(tmp_path: Path, rows: list, name: str = "rows", **keys) -> NormalizeS
     folder, fetched = tmp_path / "sources" / name, tmp_path / "fetched" / f"{name}-{zlib.crc32(lines.encode())}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.jsonl").write_text(lines, "utf-8")
-    fetch_dataset(DatasetConfig(path=str(folder)), fetched)
+    fetch_dataset(DatasetConfig(path=str(folder / f"{name}.jsonl")), fetched)
     return NormalizeSource(rows=fetched, name=name, **{"map_fn": "default", **keys})
 
 
