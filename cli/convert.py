@@ -75,6 +75,9 @@ def merge(  # noqa: PLR0913
     max_shard_size: ShardSize = None,
     push_to: Annotated[str | None, typer.Option(help="Hub repository to upload the folder to.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that comes with the base.")] = False,
+    other_base: Annotated[
+        bool, typer.Option("--other-base", help="Merge into a base that the adapter was not trained on.")
+    ] = False,
 ) -> None:
     """Add an adapter to its base model: one complete HF folder with tokenizer and chat template."""
     from sft_core.convert.writer import shard_size
@@ -92,6 +95,7 @@ def merge(  # noqa: PLR0913
         certify=certify_with is not None,
         max_shard_size=shard_size(max_shard_size) if max_shard_size else None,
         trust_remote_code=trust_remote_code,
+        other_base=other_base,
     )
     with _filled(out) as folder:
         facts = merge_adapter(base, adapter, folder, options).facts
@@ -99,6 +103,7 @@ def merge(  # noqa: PLR0913
         f"{out}: {facts['merged']} of {facts['tensors']} tensors merged into the {facts['base_weights']} base weights"
     )
     print(f"merged by {facts['merged_by']}")
+    print(f"base: {facts['base']}")
     certificate = facts["certificate"]
     print(
         f"certified: {certificate['candidates']}"

@@ -1,7 +1,8 @@
 """Convert: Checkpoint -> Adapter (full fine-tuning: a MergedModel at once), without building a model.
 
 In: a training checkpoint (DeepSpeed ZeRO-1/2/3, plain Trainer, XTuner's `.pth`) and the recipe's `train.lora`.
-Out: a PEFT folder: `adapter_model.safetensors` with the fp32 master weights, `adapter_config.json`, the tokenizer.
+Out: a PEFT folder: `adapter_model.safetensors` with the fp32 master weights, `adapter_config.json`, the tokenizer, and
+`base_model.json`, which says what base it is for.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 from sft_core.artifacts import Outcome
 from sft_core.recipe import LoraConfig
 
-STEP_VERSION = 3
+STEP_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +44,9 @@ def convert_checkpoint(
     """Write what `checkpoint` holds to `out`; ModelError unless it is complete, finite and trained.
 
     With `lora` a PEFT folder; with None (all weights trained) a complete model folder under the published names.
+    `base_model`: hub id or folder, as the recipe has it.
     """
+    from sft_core.base_check.identity import identity_of
     from sft_core.convert.layout import read_checkpoint
     from sft_core.convert.tokenizer import copy_tokenizer, find_tokenizer
     from sft_core.convert.writer import one_thread
@@ -52,10 +55,11 @@ def convert_checkpoint(
     with one_thread():
         trained = read_checkpoint(checkpoint, lora)
         folder = find_tokenizer(checkpoint, options.tokenizer)
+        base = identity_of(base_model, options.base)
         if lora is None:
             from sft_core.convert.full import write_model
 
-            return Outcome(facts=write_model(trained, out, folder, base_model, options))
+            return Outcome(facts=write_model(trained, out, folder, base, options))
         from sft_core.convert.adapter import checked_tensors, write_adapter
         from sft_core.convert.initial import begins_with_base, relative_to_base
 
@@ -63,7 +67,8 @@ def convert_checkpoint(
         if begins_with_base(lora):
             tensors, config = relative_to_base(tensors, config, lora, trained.source)
         out.mkdir(parents=True, exist_ok=True)
-        config |= {"inference_mode": True, "base_model_name_or_path": base_model}
+        config |= {"inference_mode": True, "base_model_name_or_path": base.name}
         facts = write_adapter(tensors, trained, out, config, options)
+        base.write(out)
         copied = copy_tokenizer(folder, out) if folder else ()
         return Outcome(facts={**facts, "tokenizer_files": len(copied)})

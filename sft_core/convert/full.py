@@ -4,7 +4,6 @@ In: tensors under the trainer's names, the base model's folder (configuration, t
 config, generation config, tokenizer with the chat template, model card. One weight is in memory at a time.
 """
 
-import json
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sft_core.base_check.identity import BaseIdentity
 from sft_core.convert import ConvertOptions
 from sft_core.convert.adapter import rounded_dtype
 from sft_core.convert.skeleton import Shape, model_shapes, published, published_shapes, skeleton
@@ -21,14 +21,13 @@ from sft_core.errors import ModelError
 
 ALL_TRAINED = "all weights were trained, nothing was merged: there is no distance to measure"
 CARD = """---
-base_model: {name}
-library_name: transformers
+{known}library_name: transformers
 tags: [sft-flows, full-fine-tuning]
 ---
 
 All weights trained by sft-flows, starting from the base model.
 
-- base model: `{base}`
+- base model: {base}
 - tensors: {tensors}, {parameters:,} parameters, in {dtype}
 - checkpoint: {layout}, {ranks} ranks, optimizer step {global_steps}
 
@@ -37,11 +36,11 @@ Not certified: {certificate[why]}.
 
 
 def write_model(
-    trained: TrainedTensors, out: Path, tokenizer: Path | None, base_model: str, options: ConvertOptions
+    trained: TrainedTensors, out: Path, tokenizer: Path | None, base: BaseIdentity, options: ConvertOptions
 ) -> dict[str, Any]:
     """Write the folder. ModelError unless every weight of the base's configuration is there, finite, of its shape.
 
-    `base_model`: the name that the card says.
+    `base`: what the card says.
     """
     from sft_core.merge import MergeOptions
     from sft_core.merge.folder import write_companions
@@ -77,7 +76,7 @@ def write_model(
         "eos_token_id": generation.get("eos_token_id"),
         "certificate": {"certified": False, "why": ALL_TRAINED},
     }
-    (out / "README.md").write_text(CARD.format(name=json.dumps(base_model), base=base_model, **facts), "utf-8")
+    (out / "README.md").write_text(CARD.format(known=base.metadata(), base=base.words(), **facts), "utf-8")
     return facts
 
 

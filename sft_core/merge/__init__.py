@@ -10,7 +10,7 @@ from typing import Literal
 
 from sft_core.artifacts import Outcome
 
-STEP_VERSION = 3
+STEP_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +33,8 @@ class MergeOptions:
     """Jinja text of the template used in training; None for the one of the adapter's (else the base's) tokenizer."""
     max_shard_size: int | None = None
     """Bytes a weight file; None for files cut as the base's are."""
+    other_base: bool = False
+    """Merge into a base that is not the one the adapter was trained on."""
     seed: int = 42
     trust_remote_code: bool = False
 

@@ -1,8 +1,8 @@
 """A PEFT folder as edits of weights. Sources: LoRA, arXiv 2106.09685; rank-stabilised scale, arXiv 2312.03732; DoRA,
 arXiv 2402.09353; PEFT's `tuners/lora/layer.py` for the forms of embeddings and of Conv1D.
 
-In: `adapter_config.json` and `adapter_model.safetensors`. Out: for each weight of the base what is added to it, or what
-it is replaced by; and what a stream over the base's tensors cannot do, in words.
+In: `adapter_config.json` and `adapter_model.safetensors` (or `.bin`). Out: for each weight of the base what is
+added to it, or what it is replaced by; and what a stream over the base's tensors cannot do, in words.
 """
 
 import json
@@ -16,12 +16,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from sft_core.base_check.identity import BaseIdentity, foreign_identity, recorded_identity
+from sft_core.convert.reader import read_pickle
+from sft_core.convert.skeleton import transposed_modules
 from sft_core.convert.trained import all_finite
 from sft_core.errors import ModelError
 from sft_core.fingerprint import hash_folder, hash_value
+from sft_core.merge.vocabulary import require_untied_updates, resized_rows
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
+"""PEFT's name before safetensors, and today's with `safe_serialization=False`."""
 QUANTIZATION = "quantization.json"
 PREFIX = "base_model.model."
 KEY = re.compile(r"(?P<module>.+)\.lora_(?:(?P<side>[AB])\.weight|embedding_(?P<table>[AB])|(?P<m>magnitude_vector))")
@@ -62,24 +68,28 @@ class Adapter:
     """`updates`: module name -> Update. `saved`: parameter name -> the tensor that takes its place. `copies`: parameter
     name -> what PEFT saved of the untrained base (its embeddings, where they are targets), to be found there again.
 
-    `beyond`: the settings that PEFT's own merge must see to; None if the stream can.
+    `beyond`: the settings that PEFT's own merge must see to; None if the stream can. `rows`: token rows in training,
+    where they are not the base's.
     """
 
     updates: dict[str, Update]
     saved: dict[str, torch.Tensor]
     copies: dict[str, torch.Tensor]
     beyond: str | None
+    rows: int | None
     quantization: dict[str, Any] | None
     fingerprint: str
-    base_name: str
+    base: BaseIdentity
+    """Of the base it was trained on."""
     folder: Path
 
 
-def load_adapter(folder: Path, transposed: frozenset[str]) -> Adapter:
-    """Read and check a PEFT folder. ModelError for anything but LoRA, or for a tensor that cannot be placed.
+def load_adapter(folder: Path, model: Any) -> Adapter:
+    """Read and check a PEFT folder for the base `model` (without data). ModelError for anything but LoRA, or for a
+    tensor that cannot be placed.
 
-    `transposed`: names of the base's Conv1D modules (GPT-2), whose weights are stored (in, out). The configuration's
-    `fan_in_fan_out` does not tell: PEFT sets it by whichever module came last.
+    Which weights are stored (in, out) is the model's to say (Conv1D in GPT-2), not the configuration's
+    `fan_in_fan_out`: PEFT sets it by whichever module came last.
     """
     config = _read_json(folder / CONFIG)
     if config.get("peft_type") != "LORA" or not config.get("r") or not config.get("lora_alpha"):
@@ -90,14 +100,14 @@ def load_adapter(folder: Path, transposed: frozenset[str]) -> Adapter:
         raise ModelError(
             f"{folder / CONFIG}: layer_replication is set: the model has more layers than the base; only PEFT loads it"
         )
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (SafetensorError, FileNotFoundError) as error:
-        raise ModelError(f"{folder / WEIGHTS}: missing or torn ({error}); convert the checkpoint again") from None
-    if not tensors:
-        raise ModelError(f"{folder / WEIGHTS}: holds no tensors")
-    beyond = _beyond(config)
-    updates, saved, copies = ({}, {}, {}) if beyond else _edits(tensors, config, folder, transposed)
+    weights, tensors = _read_tensors(folder)
+    rows = resized_rows(tensors, model, PREFIX, weights)
+    beyond = ", ".join(filter(None, (_beyond(config), f"a vocabulary of {rows} rows" if rows else None))) or None
+    if beyond:
+        _check_numbers(tensors, weights)
+        require_untied_updates(tensors, model, PREFIX, weights)
+    edits = _edits(tensors, config, weights, transposed_modules(model)) if not beyond else ({}, {}, {})
+    updates, saved, copies = edits
     quantization = folder / QUANTIZATION
     recorded = (QUANTIZATION,) if quantization.is_file() else ()
     return Adapter(
@@ -105,11 +115,36 @@ def load_adapter(folder: Path, transposed: frozenset[str]) -> Adapter:
         saved=saved,
         copies=copies,
         beyond=beyond,
+        rows=rows,
         quantization=_read_json(quantization) if recorded else None,
-        fingerprint=hash_value(hash_folder(folder, (CONFIG, WEIGHTS, *recorded))),
-        base_name=str(config.get("base_model_name_or_path")),
+        fingerprint=hash_value(hash_folder(folder, (CONFIG, weights.name, *recorded))),
+        base=recorded_identity(folder) or foreign_identity(str(config.get("base_model_name_or_path"))),
         folder=folder,
     )
+
+
+def _read_tensors(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The file of the weights, and what it holds. A `.bin` file is a pickle and is read as data only."""
+    if not (folder / WEIGHTS).is_file() and (folder / PICKLED).is_file():
+        path, tensors = folder / PICKLED, read_pickle(folder / PICKLED)
+        other = next((name for name, value in tensors.items() if not isinstance(value, torch.Tensor)), None)
+        if other is not None:
+            raise ModelError(f"{path}: {other} is no tensor; save the adapter as safetensors")
+    else:
+        path = folder / WEIGHTS
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, FileNotFoundError) as error:
+            raise ModelError(f"{path}: missing or torn ({error}); convert the checkpoint again") from None
+    if not tensors:
+        raise ModelError(f"{path}: holds no tensors")
+    return path, tensors
+
+
+def _check_numbers(tensors: dict[str, torch.Tensor], weights: Path) -> None:
+    for name, tensor in tensors.items():
+        if not all_finite(tensor):
+            raise ModelError(f"{weights}: {name} holds NaN or infinity; convert an earlier checkpoint")
 
 
 def _beyond(config: dict[str, Any]) -> str | None:
@@ -123,17 +158,16 @@ def _beyond(config: dict[str, Any]) -> str | None:
 
 
 def _edits(
-    tensors: dict[str, torch.Tensor], config: dict[str, Any], folder: Path, transposed: frozenset[str]
+    tensors: dict[str, torch.Tensor], config: dict[str, Any], weights: Path, transposed: frozenset[str]
 ) -> tuple[dict[str, Update], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     parts: dict[str, dict[str, torch.Tensor]] = {}
     saved: dict[str, torch.Tensor] = {}
     copies: dict[str, torch.Tensor] = {}
+    _check_numbers(tensors, weights)
     for name, tensor in tensors.items():
         match = KEY.fullmatch(name)
         if not name.startswith(PREFIX):
-            raise ModelError(f"{folder / WEIGHTS}: {name} is no name of PEFT's; it would be lost in the merge")
-        if not all_finite(tensor):
-            raise ModelError(f"{folder / WEIGHTS}: {name} holds NaN or infinity; convert an earlier checkpoint")
+            raise ModelError(f"{weights}: {name} is no name of PEFT's; it would be lost in the merge")
         if match is None:
             kept = saved if _is_saved(name, config) else copies
             kept[name.removeprefix(PREFIX).replace(".base_layer.", ".")] = tensor
@@ -142,7 +176,7 @@ def _edits(
         parts.setdefault(match["module"].removeprefix(PREFIX), {})[kind] = tensor
     updates = {}
     for module, found in parts.items():
-        updates[module] = _update(module, found, config, folder / WEIGHTS)
+        updates[module] = _update(module, found, config, weights)
         if module in transposed:
             updates[module] = updates[module].transpose()
     return updates, saved, copies

@@ -10,7 +10,7 @@ import torch
 
 from sft_core.errors import ModelError
 from sft_core.merge import MergeOptions
-from sft_core.merge.adapter import WEIGHTS, Adapter
+from sft_core.merge.adapter import Adapter
 from sft_core.merge.shards import Place
 from sft_core.merge.stream import MergeCount
 
@@ -26,15 +26,17 @@ def merge_by_peft(base: Path, adapter: Adapter, out: Path, options: MergeOptions
     if len(dtypes) != 1:
         raise ModelError(f"base {base}: has weights of {sorted(map(str, dtypes))}; PEFT's merge needs one dtype")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=options.trust_remote_code)
+    if adapter.rows:
+        model.resize_token_embeddings(adapter.rows, mean_resizing=False)  # the adapter holds all rows
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys.*")
             adapted = PeftModel.from_pretrained(model, adapter.folder)
             merged = adapted.merge_and_unload(safe_merge=True)
-    except (ValueError, RuntimeError, UserWarning, KeyError, NotImplementedError) as error:
+    except (ValueError, RuntimeError, UserWarning, KeyError, IndexError, NotImplementedError) as error:
         why = str(error).partition("\n")[0]
-        raise ModelError(f"{adapter.folder / WEIGHTS}: PEFT cannot merge it ({why})") from None
+        raise ModelError(f"{adapter.folder}: PEFT cannot merge it ({why})") from None
     merged = merged.to(dtypes.pop())
     changed = sum(
         not torch.equal(tensor, before[name].to(tensor.dtype)) for name, tensor in merged.state_dict().items()
@@ -49,7 +51,9 @@ def merge_by_peft(base: Path, adapter: Adapter, out: Path, options: MergeOptions
     config = json.loads(keep["config.json"])
     if untied is False and config.get("tie_word_embeddings"):
         config["tie_word_embeddings"] = False
-        (out / "config.json").write_text(
-            json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8"
-        )
+    for part in (config, config.get("text_config")):
+        if adapter.rows and isinstance(part, dict) and "vocab_size" in part:
+            part["vocab_size"] = adapter.rows
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    (out / "config.json").write_text(text, "utf-8")
     return MergeCount(total=len(places), merged=changed)

@@ -17,6 +17,7 @@ from torch.nn.functional import log_softmax
 
 from sft_core.errors import ModelError, RowError, SourceError
 from sft_core.merge import MergeOptions
+from sft_core.merge.adapter import Adapter
 from sft_core.pack import IGNORE_INDEX, Sequence, encode_conversation, tools_of
 
 MAX_CONVERSATIONS = 64
@@ -74,7 +75,7 @@ def _conversations(held_out: Path) -> list[dict[str, Any]]:
 
 
 def compare_candidates(
-    base: Path, adapter: Path, candidates: Mapping[str, Path], sequences: list[Sequence], options: MergeOptions
+    base: Path, adapter: Adapter, candidates: Mapping[str, Path], sequences: list[Sequence], options: MergeOptions
 ) -> dict[str, Any]:
     """The certificate, with `chosen`: the candidate of the smallest divergence (the first, if they tie)."""
     trained = _logits(_load_trained(base, adapter, options), sequences)
@@ -113,7 +114,7 @@ def _load(folder: Path, options: MergeOptions, **extra: Any) -> Any:
     return model.eval()
 
 
-def _load_trained(base: Path, adapter: Path, options: MergeOptions) -> Any:
+def _load_trained(base: Path, adapter: Adapter, options: MergeOptions) -> Any:
     """The model as training computed it: with its 4-bit layers in training mode.
 
     In evaluation mode on CPU bitsandbytes repacks them, with scales rounded to bfloat16, and fails on rows that are no
@@ -122,7 +123,7 @@ def _load_trained(base: Path, adapter: Path, options: MergeOptions) -> Any:
     from peft import PeftModel
 
     if options.quantization == "none":
-        return PeftModel.from_pretrained(_load(base, options), adapter).eval()
+        return PeftModel.from_pretrained(_resized(_load(base, options), adapter), adapter.folder).eval()
     import bitsandbytes as bnb
     from transformers import BitsAndBytesConfig
 
@@ -132,10 +133,17 @@ def _load_trained(base: Path, adapter: Path, options: MergeOptions) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, options.compute_dtype),
     )
-    model = PeftModel.from_pretrained(_load(base, options, quantization_config=quantization), adapter).eval()
+    loaded = _resized(_load(base, options, quantization_config=quantization), adapter)
+    model = PeftModel.from_pretrained(loaded, adapter.folder).eval()
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.train()
+    return model
+
+
+def _resized(model: Any, adapter: Adapter) -> Any:
+    if adapter.rows:
+        model.resize_token_embeddings(adapter.rows, mean_resizing=False)  # the adapter holds all rows
     return model
 
 

@@ -13,7 +13,8 @@ import torch
 
 from sft_core.artifacts import Outcome
 from sft_core.base_check import check_folder
-from sft_core.convert.skeleton import skeleton, transposed_modules
+from sft_core.base_check.identity import require_same_base
+from sft_core.convert.skeleton import skeleton
 from sft_core.errors import ModelError
 from sft_core.merge import MergeOptions
 from sft_core.merge.adapter import QUANTIZATION, Adapter, load_adapter
@@ -60,7 +61,8 @@ def merge_chosen(base: Path, adapter_folder: Path, out: Path, options: MergeOpti
     """Merge into the base weights asked for, or into those that are proved better."""
     check_folder(base, options.trust_remote_code, whole=False)
     model = skeleton(base, options.trust_remote_code)
-    adapter = load_adapter(adapter_folder, transposed_modules(model))
+    adapter = load_adapter(adapter_folder, model)
+    compared = require_same_base(adapter_folder, adapter.base, base, other_base=options.other_base)
     options = _as_recorded(options, adapter)
     wanted = _candidates(options, adapter)
     shards = base_shards(base)
@@ -81,6 +83,7 @@ def merge_chosen(base: Path, adapter_folder: Path, out: Path, options: MergeOpti
         "dequantized": count.dequantized,
         "swallowed_by_rounding": count.swallowed,
         "merged_by": merge.by,
+        "base": compared,
         "eos_token_id": generation.get("eos_token_id"),
         "certificate": certificate,
     }
@@ -141,7 +144,7 @@ def _certified(merge: _Merge, out: Path) -> tuple[dict[str, Any], MergeCount]:
                 (folder / companion.name).write_bytes(companion.read_bytes())
             counts[name] = merge.write(folder, name)
         named = {str(name): folder for name, folder in folders.items()}
-        certificate = compare_candidates(merge.base, merge.adapter.folder, named, sequences, options)
+        certificate = compare_candidates(merge.base, merge.adapter, named, sequences, options)
         chosen: BaseWeights = certificate["chosen"]
         for path in sorted([*folders[chosen].glob("model*"), folders[chosen] / "config.json"]):
             path.replace(out / path.name)

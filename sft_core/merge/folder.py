@@ -67,14 +67,13 @@ def write_card(out: Path, adapter: Adapter, facts: dict[str, Any]) -> None:
         else "Not certified: the merged model was not measured against the adapter on the base it was trained on."
     )
     text = f"""---
-base_model: {json.dumps(adapter.base_name)}
-library_name: transformers
+{adapter.base.metadata()}library_name: transformers
 tags: [sft-flows, lora, merged]
 ---
 
 A LoRA adapter merged into its base model by sft-flows.
 
-- base model: `{adapter.base_name}`
+- base model: {adapter.base.words()}
 - adapter: `{adapter.fingerprint}` (SHA-256)
 - base weights: {facts["base_weights"]}
 - tensors: {facts["merged"]} merged of {facts["tensors"]}, {facts["saved"]} trained whole, {facts["dequantized"]} \

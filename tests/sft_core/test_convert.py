@@ -110,6 +110,7 @@ def test_plain_trainer_checkpoint_with_its_tokenizer(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "base_model.json",
         "chat_template.jinja",
         "tokenizer.json",
     ]

@@ -160,7 +160,7 @@ def test_what_is_not_plain_lora_is_refused(
             (96, 64),
             "has no model.layers.9.mlp.up_proj",
         ),
-        ("base_model.model.model.embed_tokens.lora_embedding_{}", (96, 64), "trained on another model"),
+        ("base_model.model.model.embed_tokens.lora_embedding_{}", (96, 64), "with 64 token rows, the base has 40"),
         ("base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight", (96, 32), "trained on another model"),
     ],
 )
