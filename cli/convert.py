@@ -114,6 +114,26 @@ def merge(  # noqa: PLR0913
         print(f"uploaded: {push_folder(out, push_to)}")
 
 
+@app.command()
+def resize(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or hub id of the base model.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist or be empty.")],
+) -> None:
+    """Give a base model whose tokenizer has more tokens than its embedding has rows a row for each of them.
+
+    A new row is the mean of the others, and has to be trained: train.lora.modules_to_save with both embeddings, or all
+    weights. Name OUT as base_model.path.
+    """
+    from sft_core.base_check.vocabulary import resize as resize_base
+    from sft_core.base_model import local_base_model
+    from sft_core.recipe import BaseModelConfig
+
+    with _filled(out) as folder:
+        made = resize_base(local_base_model(BaseModelConfig(path=base), None), folder)
+    print(f"{out}: {made.after:,} token rows, {made.after - made.before:,} of them new: the mean of the others")
+    print(f"to train them: base_model.path: {out}, train.lora.modules_to_save: [{', '.join(made.modules)}]")
+
+
 def _overridden(
     lora: "LoraConfig | None", r: int | None, lora_alpha: int | None, target_modules: list[str] | None
 ) -> "LoraConfig | None":

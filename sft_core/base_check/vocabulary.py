@@ -1,22 +1,102 @@
-"""A tokenizer's ids against the rows of the embedding that is looked up with them.
+"""A tokenizer's ids against the rows of the embedding that is looked up with them; a base with rows for all of them.
 
-In: a model folder (weights are not needed). Out: notes, or ModelError.
+In: a model folder. Out: notes, or ModelError; of `resize`, another folder.
 """
 
 import re
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from sft_core.base_check.generation import saveable
 from sft_core.convert.skeleton import skeleton
-from sft_core.convert.tokenizer import VOCABULARIES, has_tokenizer
+from sft_core.convert.tokenizer import VOCABULARIES, copy_tokenizer, has_tokenizer
 from sft_core.errors import ModelError
+from sft_core.quiet import transformers_silent
 
 NOT_TEXT = re.compile("image|audio|video|vision|speech|sound", re.IGNORECASE)
 """Tokens that stand for something other than text: a text model's tokenizer may have one that it has no row for, as
 google/gemma-3-1b-it has."""
 
 
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """`rows` of the embedding; the tokens `beyond` them by id, and of these the ones that are `text`."""
+
+    rows: int
+    beyond: dict[int, str]
+
+    @property
+    def text(self) -> list[str]:
+        """In the order of their ids."""
+        return [token for _, token in sorted(self.beyond.items()) if not NOT_TEXT.search(token)]
+
+    @property
+    def needed(self) -> int:
+        """Rows with which every token has one."""
+        return max(self.beyond, default=self.rows - 1) + 1
+
+
 def check_vocabulary(model: str, folder: Path) -> tuple[str, ...]:
-    """ModelError if there is no tokenizer, or if it has text tokens that the embedding has no row for."""
+    """ModelError if there is no tokenizer, or if it has text tokens that the embedding has no row for. Weights are not
+    needed."""
+    found = _read(model, folder)
+    if found.text:
+        raise ModelError(
+            f"base model {model}: its tokenizer has {found.needed:,} tokens, its embedding {found.rows:,} rows: "
+            f"{', '.join(map(repr, found.text[:3]))}{' and others' if len(found.text) > 3 else ''} would be looked up "
+            "outside of it. Take the tokenizer of these weights, or give the model more rows: sft convert resize "
+            f"{model} OUT"
+        )
+    if found.beyond:
+        names = ", ".join(map(repr, found.beyond.values()))
+        return (f"base model {model}: its embedding has no row for {names}, which is no text and must not occur",)
+    return ()
+
+
+@dataclass(frozen=True, slots=True)
+class Resized:
+    """Rows before and after, and the modules that have them (their own names), which have to be trained."""
+
+    before: int
+    after: int
+    modules: tuple[str, ...]
+
+
+def resize(folder: Path, out: Path) -> Resized:
+    """Write the model to `out` with a row for every token of its tokenizer. A new row is the mean of the others, in the
+    input and in the output embedding: no number is drawn. ModelError if there is nothing to do. The model is in memory
+    once, in its own dtype.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    from sft_core.base_check import check_folder, read_json, require_unquantized
+
+    found = _read(str(folder), folder)
+    if not found.beyond:
+        raise ModelError(f"base model {folder}: its {found.rows:,} rows are enough for its tokenizer; use it as it is")
+    require_unquantized(str(folder), read_json(folder / "config.json"))
+    check_folder(folder, whole=False, numbers=True)
+    with transformers_silent(), torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        model.resize_token_embeddings(found.needed, mean_resizing=False)
+        tables = (model.get_input_embeddings(), model.get_output_embeddings())
+        names = tuple(name for name, module in model.named_modules() if any(module is table for table in tables))
+        for parameter in {id(p): p for name in names for p in model.get_submodule(name).parameters()}.values():
+            mean = parameter[: found.rows].float().mean(0)  # (width,); of a head's bias: ()
+            parameter[found.rows :] = mean.to(parameter.dtype)
+        generation = saveable(model.generation_config.to_diff_dict(), str(folder))[0]
+        model.generation_config = GenerationConfig(**generation)
+        model.save_pretrained(out)
+    copy_tokenizer(folder, out)
+    for code in folder.glob("*.py"):
+        shutil.copyfile(code, out / code.name)
+    return Resized(found.rows, found.needed, tuple(name.rpartition(".")[2] for name in names))
+
+
+def _read(model: str, folder: Path) -> Vocabulary:
     from transformers import AutoTokenizer
 
     if not has_tokenizer(folder):
@@ -25,21 +105,9 @@ def check_vocabulary(model: str, folder: Path) -> tuple[str, ...]:
             "with"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # noqa: BLE001 - tokenizers raise their own errors
         why = (str(error).splitlines() or [""])[0]
         raise ModelError(f"base model {model}: its tokenizer does not load ({why}); fetch it again") from error
-    rows = skeleton(folder, trust_remote_code=False).get_input_embeddings().weight.shape[0]
-    beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= rows}
-    text = [beyond[number] for number in sorted(beyond) if not NOT_TEXT.search(beyond[number])]
-    if text:
-        raise ModelError(
-            f"base model {model}: its tokenizer has {max(beyond) + 1:,} tokens, its embedding {rows:,} rows: "
-            f"{', '.join(map(repr, text[:3]))}{' and others' if len(text) > 3 else ''} would be looked up outside "
-            "of it. Take the tokenizer of these weights, or give the model more rows once: "
-            f"model.resize_token_embeddings({max(beyond) + 1}), then save_pretrained"
-        )
-    if beyond:
-        names = ", ".join(map(repr, beyond.values()))
-        return (f"base model {model}: its embedding has no row for {names}, which is no text and must not occur",)
-    return ()
+    rows = int(skeleton(folder, trust_remote_code=False).get_input_embeddings().weight.shape[0])
+    return Vocabulary(rows, {number: token for token, number in tokenizer.get_vocab().items() if number >= rows})

@@ -146,8 +146,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "more tokens than rows": (
         add_tokens,
         "base model BASE: its tokenizer has 261 tokens, its embedding 259 rows: '<call>', '</call>' would be looked up "
-        "outside of it. Take the tokenizer of these weights, or give the model more rows once: "
-        "model.resize_token_embeddings(261), then save_pretrained",
+        "outside of it. Take the tokenizer of these weights, or give the model more rows: sft convert resize BASE OUT",
     ),
     "no tokenizer": (
         without_tokenizer,
