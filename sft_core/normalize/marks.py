@@ -44,6 +44,8 @@ def trained(message: Mapping[str, Any], where: str, key: str = "content", *, by_
     False
     """
     own, inner = mark_of(message, where), _inner(message, where, key)
+    if own is None and not inner:
+        return by_assistant
     if not by_assistant:
         if own or any(inner):
             raise RowError("bad_mark", f"{where} is marked as trained, and is not the assistant's message; {WAY_OUT}")
@@ -81,9 +83,9 @@ def check_row(row: Mapping[str, Any]) -> None:
 def mark_of(owner: Mapping[str, Any], where: str) -> bool | None:
     """What the marks of one mapping say, None where there are none."""
     said: dict[str, bool] = {}
-    for name, value in owner.items():
-        kind = _kind(name)
-        if kind is None or value is None:
+    for name, kind in _marks_among(tuple(owner)):
+        value = owner[name]
+        if value is None:
             continue
         if kind == "other":
             if value in ([], {}):
@@ -131,6 +133,12 @@ def _kind(name: object) -> str | None:
     return "other" if WORDS.intersection(words) else None
 
 
+@lru_cache(maxsize=4096)
+def _marks_among(names: tuple[Any, ...]) -> tuple[tuple[str, str], ...]:
+    """The keys that are marks or look like one, with their kinds; messages have few sets of keys."""
+    return tuple((name, kind) for name in names if (kind := _kind(name)))
+
+
 def _inner(message: Mapping[str, Any], where: str, key: str) -> list[bool | None]:
     """Marks of the parts of a content and of the calls."""
     return [mark_of(part, place) for place, part in _parts(message, where, key)]
@@ -139,7 +147,9 @@ def _inner(message: Mapping[str, Any], where: str, key: str) -> list[bool | None
 def _parts(message: Mapping[str, Any], where: str, key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for name in (key, "tool_calls", "function_call"):
         value = message.get(name)
-        for at, part in enumerate([value] if isinstance(value, dict) else value if isinstance(value, list) else []):
+        if not isinstance(value, dict | list):
+            continue
+        for at, part in enumerate([value] if isinstance(value, dict) else value):
             if isinstance(part, dict):
                 yield f"{where}.{name}[{at}]", part
 

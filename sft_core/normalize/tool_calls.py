@@ -74,6 +74,8 @@ def tools_text(value: object) -> str | None:
 
 def check_calls(messages: Sequence[Mapping[str, Any]], tools: str | None) -> None:
     """RowError where a call names a tool that the row does not declare, or a tool's result answers no call."""
+    if not any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
+        return
     names = {tool["function"].get("name") for tool in json.loads(tools)} if tools else set()
     waiting, before, ids, nameless = 0.0, "", set[str](), False
     for place, message in enumerate(messages):
