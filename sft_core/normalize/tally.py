@@ -171,10 +171,13 @@ def _plain(entry: DatasetTally) -> dict[str, Any]:
 
 
 def most_common(unread: Counter[str]) -> dict[str, int]:
-    """The columns that most rows have, the commonest first. A name may be any text, half a character too."""
+    """The columns that most rows have, the commonest first. A name may be any text, with control characters too."""
     names = sorted(unread, key=lambda name: (-unread[name], name))[:MOST_COLUMNS]
-    plain = ((name, name.encode("utf-8", "backslashreplace").decode()) for name in names)
-    return {text[:NAME_CHARACTERS]: unread[name] for name, text in plain}
+    return {_printable(name)[:NAME_CHARACTERS]: unread[name] for name in names}
+
+
+def _printable(name: str) -> str:
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
 
 
 def _shown(example: Example) -> dict[str, Any]:

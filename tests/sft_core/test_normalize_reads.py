@@ -313,10 +313,11 @@ class TestReport:
         check_columns({"images": ["a"]}, dict)
 
     def test_names_of_any_kind(self, tmp_path):
-        rows = [{"input": f"{n}", "output": "O", "\ud800": n + 1, f"k{n}" * 40: 1} for n in range(60)]
+        rows = [{"input": f"{n}", "output": "O", "\ud800": n + 1, "\x1b[2J\n": "x", f"k{n}" * 40: 1} for n in range(60)]
         report = check(tmp_path, rows, "default")
         assert len(report.unread_columns) == 50
         assert report.unread_columns["\\ud800"] == 60
+        assert report.unread_columns["\\x1b[2J\\n"] == 60
         assert max(map(len, report.unread_columns)) == 60
 
 
