@@ -110,6 +110,12 @@ def _warnings(recipe: Recipe, found: dict[str, Manifest]) -> list[str]:
             f"fails above {recipe.normalize.max_quarantined_fraction:.1%}"
         )
     rows = pack.ledger["sequences"]
+    lost = sum(rows["set_aside"].values()) / rows["in"]
+    if lost > recipe.pack.max_quarantined_fraction:
+        lines.append(
+            f"pack: {lost:.1%} of the sequences are set aside: the run fails above "
+            f"{recipe.pack.max_quarantined_fraction:.1%} (pack.max_quarantined_fraction)"
+        )
     overlong = rows["set_aside"].get("overlong", 0)
     if overlong:
         lines.append(f"pack: {overlong / rows['in']:.1%} of the sequences are over max_length and set aside")

@@ -81,6 +81,9 @@ def test_a_rehearsal_goes_through_all_steps_and_leaves_nothing(project: Path) ->
     assert "3 optimizer steps" in done.stdout
     for words in ("the first 60 of 60 of rows.jsonl", "float16 -> bfloat16", "not on train/gpu (train)", "overlong"):
         assert words in done.stdout.replace("are over max_length", "overlong"), words
+    assert "of the sequences are set aside: the run fails above 5.0% (pack.max_quarantined_fraction)" in " ".join(
+        done.stdout.split()
+    )
     assert "optimizer steps on 1 rank" in done.stdout
     assert "memory: about" in done.stdout
     assert "normalize: fails in the real run: about 1 held-out rows are too few" in done.stdout  # 60 rows, 0.02
