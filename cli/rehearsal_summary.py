@@ -15,6 +15,7 @@ from cli.summary import set_aside
 from sft_core.artifacts import Manifest
 from sft_core.outlook import heldout_needed, heldout_shortage
 from sft_core.outlook.training import few_steps, read_vocabulary, untrained_words, used_tokens
+from sft_core.pack.pack import CHOSEN
 from sft_core.plan import Plan
 from sft_core.recipe import Recipe
 from sft_core.rehearse import Rehearsal
@@ -110,12 +111,14 @@ def _warnings(recipe: Recipe, found: dict[str, Manifest]) -> list[str]:
             f"fails above {recipe.normalize.max_quarantined_fraction:.1%}"
         )
     rows = pack.ledger["sequences"]
-    lost = sum(rows["set_aside"].values()) / rows["in"]
-    if lost > recipe.pack.max_quarantined_fraction:
-        lines.append(
-            f"pack: {lost:.1%} of the sequences are set aside: the run fails above "
-            f"{recipe.pack.max_quarantined_fraction:.1%} (pack.max_quarantined_fraction)"
-        )
+    for unit, words in (("sequences", "sequences"), ("supervised_tokens", "trained tokens")):
+        entry = pack.ledger[unit]
+        lost = sum(count for reason, count in entry["set_aside"].items() if reason not in CHOSEN) / entry["in"]
+        if lost > recipe.pack.max_quarantined_fraction:
+            lines.append(
+                f"pack: {lost:.1%} of the {words} are set aside: the run fails above "
+                f"{recipe.pack.max_quarantined_fraction:.1%} (pack.max_quarantined_fraction)"
+            )
     overlong = rows["set_aside"].get("overlong", 0)
     if overlong:
         lines.append(f"pack: {overlong / rows['in']:.1%} of the sequences are over max_length and set aside")

@@ -81,7 +81,7 @@ def test_a_rehearsal_goes_through_all_steps_and_leaves_nothing(project: Path) ->
     assert "3 optimizer steps" in done.stdout
     for words in ("the first 60 of 60 of rows.jsonl", "float16 -> bfloat16", "not on train/gpu (train)", "overlong"):
         assert words in done.stdout.replace("are over max_length", "overlong"), words
-    assert "of the sequences are set aside: the run fails above 5.0% (pack.max_quarantined_fraction)" in " ".join(
+    assert "of the trained tokens are set aside: the run fails above 5.0% (pack.max_quarantined_fraction)" in " ".join(
         done.stdout.split()
     )
     assert "optimizer steps on 1 rank" in done.stdout
