@@ -18,6 +18,9 @@ BEGIN = """
 import contextlib, os, signal, sys, time
 from sft_core import stop
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where the tests run in the background
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 class Swallows:
     def __init__(self, number):
         self.number = number

@@ -147,9 +147,9 @@ SPACE_BEFORE = {"deepseek_v2": " "}
 """Ours to train: XTuner's prompt ends in this space, which tokenizers join to the answer's first word."""
 
 
-def test_all_27_are_shipped_and_two_more() -> None:
+def test_all_27_are_shipped_and_three_more() -> None:
     assert len(XTUNER) == 27
-    assert shipped_templates().keys() == XTUNER.keys() | {"chatml", "plain"}
+    assert shipped_templates().keys() == XTUNER.keys() | {"chatml", "deepseek_r1", "plain"}
 
 
 @pytest.mark.parametrize("given", [TURNS, LATE_SYSTEM], ids=["system first", "system late, empty request"])

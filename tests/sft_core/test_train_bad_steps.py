@@ -87,10 +87,19 @@ def test_rows_are_named_as_in_the_source_and_copies_by_the_first(normalized: Pat
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """The tiny model with NaN for `~`: fine until that token comes."""
-    folder = tmp_path_factory.mktemp("models") / "poisoned"
+    return poison(tiny_model, tmp_path_factory.mktemp("models") / "poisoned", math.nan)
+
+
+@pytest.fixture(scope="module")
+def too_large(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """The tiny model with a number for `~` that bfloat16 rounds to infinity: no look at the weights finds that."""
+    return poison(tiny_model, tmp_path_factory.mktemp("models") / "too_large", 3.4e38)
+
+
+def poison(tiny_model: Path, folder: Path, value: float) -> Path:
     shutil.copytree(tiny_model, folder)
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.embed_tokens.weight"][AutoTokenizer.from_pretrained(folder).encode("~")[0]] = math.nan
+    tensors["model.embed_tokens.weight"][AutoTokenizer.from_pretrained(folder).encode("~")[0]] = value
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -99,9 +108,10 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
 @pytest.mark.parametrize("changes", [{}, {"deepspeed": "zero2", "num_processes": 2, "dtype": "bfloat16"}])
 @pytest.mark.parametrize("folder", ["packed", "normalized"])
 def test_a_nan_loss_names_its_rows_and_saves_nothing(
-    folder: str, changes: dict[str, object], poisoned: Path, tmp_path: Path, request: pytest.FixtureRequest
+    folder: str, changes: dict[str, object], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     packed: Path = request.getfixturevalue(folder)
+    poisoned: Path = request.getfixturevalue("too_large" if "dtype" in changes else "poisoned")
     section = config(max_steps=None, num_train_epochs=1, gradient_accumulation_steps=1, save_steps=1, **changes)
     with pytest.raises(TrainError, match=r"optimizer step \d+: loss is nan; nothing useful") as fault:
         (train if section.num_processes else train_here)(packed, poisoned, tmp_path, section)
