@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, model_validator
 
 from sft_core.recipe.section import Fraction, Name, Positive, Section
 from sft_core.recipe.training import TrainConfig
@@ -67,7 +67,7 @@ class PackConfig(Section):
     """Tokens a packed row."""
     chat_template: str | None = None
     """Shipped name, Jinja file, or null for the tokenizer's own."""
-    template_kwargs: dict[str, JsonValue] = {}
+    template_kwargs: dict[str, Any] = {}
     """Variables of the chat template: `{enable_thinking: false}`, `{date_string: 26 Jul 2024}`. They hold in training,
     in evaluation and in the saved model alike. `strftime_date` (`2026-01-01` by default) is the day that a template's
     `strftime_now` tells here; a server tells its own."""
