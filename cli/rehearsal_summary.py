@@ -15,7 +15,7 @@ from cli.summary import set_aside
 from sft_core.artifacts import Manifest
 from sft_core.outlook import heldout_needed, heldout_shortage
 from sft_core.outlook.training import few_steps, read_vocabulary, untrained_words, used_tokens
-from sft_core.pack.pack import CHOSEN
+from sft_core.pack.tally import losses
 from sft_core.plan import Plan
 from sft_core.recipe import Recipe
 from sft_core.rehearse import Rehearsal
@@ -111,12 +111,10 @@ def _warnings(recipe: Recipe, found: dict[str, Manifest]) -> list[str]:
             f"fails above {recipe.normalize.max_quarantined_fraction:.1%}"
         )
     rows = pack.ledger["sequences"]
-    for unit, words in (("sequences", "sequences"), ("supervised_tokens", "trained tokens")):
-        entry = pack.ledger[unit]
-        lost = sum(count for reason, count in entry["set_aside"].items() if reason not in CHOSEN) / entry["in"]
-        if lost > recipe.pack.max_quarantined_fraction:
+    for words, lost, entered in losses(pack.ledger):
+        if lost > recipe.pack.max_quarantined_fraction * entered:
             lines.append(
-                f"pack: {lost:.1%} of the {words} are set aside: the run fails above "
+                f"pack: {lost / entered:.1%} of the {words} are set aside: the run fails above "
                 f"{recipe.pack.max_quarantined_fraction:.1%} (pack.max_quarantined_fraction)"
             )
     overlong = rows["set_aside"].get("overlong", 0)

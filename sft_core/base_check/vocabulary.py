@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_core.base_check.generation import saveable
-from sft_core.convert.skeleton import skeleton
+from sft_core.convert.skeleton import skeleton, token_modules
 from sft_core.convert.tokenizer import VOCABULARIES, copy_tokenizer, has_tokenizer
 from sft_core.errors import ModelError
 from sft_core.quiet import transformers_silent
@@ -82,8 +82,7 @@ def resize(folder: Path, out: Path) -> Resized:
     with transformers_silent(), torch.no_grad():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
         model.resize_token_embeddings(found.needed, mean_resizing=False)
-        tables = (model.get_input_embeddings(), model.get_output_embeddings())
-        names = tuple(name for name, module in model.named_modules() if any(module is table for table in tables))
+        names = tuple(token_modules(model))
         for parameter in {id(p): p for name in names for p in model.get_submodule(name).parameters()}.values():
             mean = parameter[: found.rows].float().mean(0)  # (width,); of a head's bias: ()
             parameter[found.rows :] = mean.to(parameter.dtype)

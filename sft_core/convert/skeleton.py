@@ -108,3 +108,9 @@ def published_shapes(model: Any, shapes: Mapping[str, Shape]) -> dict[str, dict[
             "version does not. Load the checkpoint with transformers and save it there"
         )
     return {name: {key: tuple(tensor.shape) for key, tensor in part.items()} for name, part in parts.items()}
+
+
+def token_modules(model: Any) -> list[str]:
+    """Names of the input embedding and of the output head."""
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [name for name, module in model.named_modules() if any(module is table for table in tables)]

@@ -129,9 +129,8 @@ def _with_answers(
         row = scores[i]
         if calls := examples[i].calls:
             rendered = str(tokenizer.decode(examples[i].reference_ids, skip_special_tokens=True))
-            scored[i] = _with_calls(
-                row, answer, score_calls(calls, answer.text, rendered), examples[i].reference_tokens
-            )
+            score = score_calls(calls, answer.text, rendered)
+            scored[i] = _with_calls(row, answer, score, examples[i].reference_tokens)
             continue
         reference, said = behind_thought(row.reference), behind_thought(answer.text)
         scored[i] = replace(

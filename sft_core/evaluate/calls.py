@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sft_core.evaluate.answers import behind_thought
+from sft_core.json_text import value_or_text
+
 NAMES, ARGUMENTS = ("name", "tool_name"), ("arguments", "parameters")
 WORD = re.compile(r"[A-Za-z_][\w.-]*")
 Call = tuple[str, Any]
@@ -28,13 +31,14 @@ class CallScore:
 
 
 def score_calls(reference: Sequence[Mapping[str, Any]], said: str, as_rendered: str) -> CallScore:
-    """`said` against the reference's calls, in their order.
+    """`said` against the reference's calls, in their order; thoughts do not count.
 
     >>> call = {"function": {"name": "ring", "arguments": {"bell": 1}}}
     >>> score_calls([call], 'ring {"bell": 2}', "")
     CallScore(names=1.0, arguments=1.0, equal=0.0)
     """
-    if said.strip() == as_rendered.strip():
+    said = behind_thought(said)
+    if said == behind_thought(as_rendered):
         return CallScore(1.0, 1.0, 1.0)
     wanted = [_as_call(call) for call in reference]
     made = calls_in(said, {name for name, _ in wanted})
@@ -80,9 +84,4 @@ def _as_call(call: Mapping[str, Any]) -> Call:
 
 def _parsed(arguments: Any) -> Any:
     """A mapping where it is the JSON text of one."""
-    if not isinstance(arguments, str):
-        return arguments
-    try:
-        return json.loads(arguments)
-    except (ValueError, RecursionError):
-        return arguments
+    return value_or_text(arguments) if isinstance(arguments, str) else arguments

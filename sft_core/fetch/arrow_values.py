@@ -6,11 +6,12 @@ row, null where nobody wrote one; inside tool calls and tools, where a model wou
 left out and counted. What `arrow.json`, a map or a list holds was written, and stays.
 """
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
+
+from sft_core.json_text import value_or_text
 
 TOOL_KEYS = frozenset({"tools", "functions", "tool_calls", "function_call"})
 LISTS = (
@@ -86,10 +87,5 @@ class ArrowValues:
 
 
 def _parsed(text: Any) -> Any:
-    """What a text of `arrow.json` says; the text itself where it is no JSON."""
-    if not isinstance(text, str):
-        return text
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
+    """What a text of `arrow.json` says."""
+    return value_or_text(text) if isinstance(text, str) else text

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sft_core.convert.skeleton import token_modules
 from sft_core.errors import ModelError
 
 WHOLE = r"(?:\.token_adapter)?(?:\.base_layer|\.modules_to_save|\.original_module)?\.weight"
@@ -24,7 +25,7 @@ def resized_rows(tensors: Mapping[str, torch.Tensor], model: Any, prefix: str, s
     the adapter.
     """
     base_rows = int(model.get_input_embeddings().weight.shape[0])
-    tables = _token_modules(model)
+    tables = token_modules(model)
     rows: dict[str, int] = {}
     whole = set()
     for name, tensor in tensors.items():
@@ -63,16 +64,10 @@ def require_untied_updates(tensors: Mapping[str, torch.Tensor], model: Any, pref
     """ModelError where PEFT's own merge would add two updates to one weight: LoRA on an embedding that is tied."""
     if not getattr(model, "all_tied_weights_keys", None):
         return
-    for module in _token_modules(model):
+    for module in token_modules(model):
         if any(name.startswith(f"{prefix}{module}.lora_") for name in tensors):
             raise ModelError(
                 f"{source}: has a low-rank update of {module}, whose weight the base ties to another; together with "
                 "the adapter's other settings PEFT cannot merge that rightly. If tokens were added, resize the base as "
                 "in training (resize_token_embeddings, save_pretrained) and give that one"
             )
-
-
-def _token_modules(model: Any) -> list[str]:
-    """Names of the input embedding and of the output head."""
-    tables = (model.get_input_embeddings(), model.get_output_embeddings())
-    return [name for name, module in model.named_modules() if any(module is table for table in tables)]

@@ -10,12 +10,13 @@ template, and qwen_chat never has one. Two things differ on purpose: a text is t
 """
 
 import difflib
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from sft_core.errors import RecipeError
-from sft_core.pack.template import DROP_REASONING, LAST_ANSWER_ONLY, bind_template
+from sft_core.pack.template import DROP_REASONING, LAST_ANSWER_ONLY, STRFTIME_DATE, bind_template
 from sft_core.recipe import PackConfig
 
 SUFFIX = ".jinja"
@@ -33,7 +34,16 @@ def template_of(config: PackConfig, tokenizer: Any = None) -> str:
     """The recipe's chat template with the values of its variables in it. RecipeError if there is none."""
     own = {DROP_REASONING: config.reasoning == "drop", LAST_ANSWER_ONLY: config.train_on == "last"}
     chosen = {name: value for name, value in own.items() if value}
-    return bind_template(load_chat_template(config.chat_template, tokenizer), {**config.template_kwargs, **chosen})
+    text = load_chat_template(config.chat_template, tokenizer)
+    for name in config.template_kwargs:
+        read = "strftime_now" if name == STRFTIME_DATE else name
+        if name in own or re.search(rf"\b{re.escape(read)}\b", text) is None:
+            raise RecipeError(
+                f"pack.template_kwargs: {name!r} is no variable of the chat template, and would change nothing. Those "
+                f"of many templates are enable_thinking, thinking and date_string; {STRFTIME_DATE} is for templates "
+                "that print the date"
+            )
+    return bind_template(text, {**config.template_kwargs, **chosen})
 
 
 def load_chat_template(name: str | None, tokenizer: Any = None) -> str:

@@ -100,12 +100,17 @@ def encode_renderings(renderings: SequenceOf[Rendering], tokenizer: Any) -> list
 
 @dataclass(frozen=True, slots=True)
 class EncodedRows:
-    """All sequences of some rows, row by row. `counts`: how many of each row, or why there is none. `parted_turns`: how
-    many answers were tokenised apart from their prompts."""
+    """All sequences of some rows, row by row. `counts`: how many of each row, or why there is none. `renderings`: of
+    each sequence."""
 
     counts: list[int | RowError]
     encoded: Encoded
-    parted_turns: int = 0
+    renderings: SequenceOf[Rendering]
+
+    @property
+    def parted_turns(self) -> int:
+        """Answers that were tokenised apart from their prompts."""
+        return sum(rendering.parted is not None for rendering in self.renderings)
 
 
 def encode_rows(rows: SequenceOf[SequenceOf[Rendering]], tokenizer: Any) -> EncodedRows:
@@ -114,7 +119,7 @@ def encode_rows(rows: SequenceOf[SequenceOf[Rendering]], tokenizer: Any) -> Enco
     encodings = tokenize(flat, tokenizer)
     encoded, merging = label_tokens(flat, encodings, tokenizer)
     if not merging:
-        return EncodedRows([len(row) for row in rows], encoded)
+        return EncodedRows([len(row) for row in rows], encoded, flat)
     counts, kept, numbers = list[int | RowError](), list[tuple[Rendering, Any]](), iter(range(len(flat)))
     for row in rows:
         numbered = [(next(numbers), rendering) for rendering in row]
@@ -122,7 +127,7 @@ def encode_rows(rows: SequenceOf[SequenceOf[Rendering]], tokenizer: Any) -> Enco
             parted = [
                 pair
                 for number, rendering in numbered
-                for pair in _parted(rendering, encodings[number], {s for n, s in merging if n == number}, tokenizer)
+                for pair in _parted(rendering, encodings[number], merging.get(number, set()), tokenizer)
             ]
         except RowError as error:
             counts.append(error)
@@ -130,8 +135,7 @@ def encode_rows(rows: SequenceOf[SequenceOf[Rendering]], tokenizer: Any) -> Enco
             counts.append(len(parted))
             kept += parted
     renderings, of_them = [rendering for rendering, _ in kept], [encoding for _, encoding in kept]
-    parted_turns = sum(rendering.parted is not None for rendering in renderings)
-    return EncodedRows(counts, label_tokens(renderings, of_them, tokenizer)[0], parted_turns)
+    return EncodedRows(counts, label_tokens(renderings, of_them, tokenizer)[0], renderings)
 
 
 def _parted(
@@ -203,8 +207,8 @@ def ids_of(text: str, typed: bool, tokenizer: Any) -> list[int]:
     return ids
 
 
-Merging = set[tuple[int, TrainedSpan]]
-"""Number of a rendering, and a span of it whose prompt has other ids in the whole text than alone."""
+Merging = dict[int, set[TrainedSpan]]
+"""By a rendering's number, the spans of it whose prompts have other ids in the whole text than alone."""
 
 
 def label_tokens(
@@ -223,12 +227,11 @@ def label_tokens(
     spans, places = _trained_tokens(renderings, encodings, ids, starts, tokenizer)
     owners, firsts, lasts = places.T
     prompts = Prompts(tokenizer)
-    merging = {
-        (number, span)
-        for (number, span), first in zip(spans, firsts.tolist(), strict=True)
-        if renderings[number].parted is None
-        and not prompts.end_at(renderings[number], span, ids, (starts[number], first))
-    }
+    merging: Merging = {}
+    for (number, span), first in zip(spans, firsts.tolist(), strict=True):
+        rendering = renderings[number]
+        if rendering.parted is None and not prompts.end_at(rendering, span, ids, (starts[number], first)):
+            merging.setdefault(number, set()).add(span)
     firsts = np.maximum(firsts, starts[owners] + 1)  # what comes first is never trained: nothing predicts it
     held = firsts < lasts
     edges = np.zeros(len(ids) + 1, np.int32)  # their running sum is above 0 inside of spans

@@ -30,7 +30,7 @@ from sft_core.pack.packed import BINS, SETTINGS_KEY, TOKENIZER, PackedSettings, 
 from sft_core.pack.packing import copies, epoch_rows
 from sft_core.pack.proof import PROVED_CONVERSATIONS, prove_rows
 from sft_core.pack.shards import COMPRESSION, ORIGIN, REFUSED_FILES, SEQUENCE_FILES, TOKENS, ShardTask, encode_shard
-from sft_core.pack.tally import Tally
+from sft_core.pack.tally import CHOSEN, Tally, losses
 from sft_core.pack.tokenizer import SavedTokenizer, TokenizerSource, load_saved_tokenizer, load_tokenizer, pad_with_eos
 from sft_core.recipe import PackConfig
 from sft_core.shard_rows import locate, read_shard
@@ -38,8 +38,6 @@ from sft_core.shards import Sharding, ShardJob, ShardWriter, build_shards, read_
 
 STEP_VERSION = 4
 """Raised when the step's output changes for the same input."""
-CHOSEN = frozenset({"truncated", "split_border"})
-"""Reasons that a recipe asks for: `pack.overlong: truncate` and `split`."""
 TRAIN_FILES = "train/*.parquet"
 QUARANTINE = "quarantine/part-00000.jsonl"
 
@@ -94,11 +92,10 @@ def _check_losses(conversations: Path, tally: Tally, config: PackConfig) -> None
     if not tally.kept[0]:
         why = tally.reasons() or "no rows came in"
         raise DataError(f"{conversations}: nothing is left to train on: {why}; max_length is {config.max_length}")
-    for at, unit in ((0, "sequences"), (2, "trained tokens")):
-        lost = sum(counts[at] for reason, counts in tally.set_aside.items() if reason not in CHOSEN)
-        if lost > config.max_quarantined_fraction * tally.entered[at]:
+    for words, lost, entered in losses(tally.ledger()):
+        if lost > config.max_quarantined_fraction * entered:
             raise DataError(
-                f"{lost:,} of {tally.entered[at]:,} {unit} ({lost / tally.entered[at]:.1%}) are set aside, and "
+                f"{lost:,} of {entered:,} {words} ({lost / entered:.1%}) are set aside, and "
                 f"pack.max_quarantined_fraction allows {config.max_quarantined_fraction:.1%}: {tally.reasons()}. "
                 f"{_advice(tally, config)}, or raise the limit"
             )

@@ -49,9 +49,8 @@ def prove_rows(
             refused[error.reason] += 1
             first.setdefault(error.reason, (row, error))
             continue
-        if made.parted_turns:  # their ids are those of two texts
-            continue
-        prove_row(row, renderings, [made.encoded.sequence(number) for number in range(len(renderings))], saved)
+        sequences = [made.encoded.sequence(number) for number in range(made.counts[0])]
+        prove_row(row, made.renderings, sequences, saved)
         proved += 1
         if proved == PROVED_CONVERSATIONS:
             break
@@ -107,17 +106,18 @@ def prove_row(
     for rendering, sequence in zip(renderings, sequences, strict=True):
         if rendering.typed or talk[0]["role"] == "text":
             continue
-        messages = [plain_message(message, None) for message in talk[: rendering.messages - rendering.composed]]
+        prompted = rendering.composed or rendering.parted is not None  # a server's text as far as its prompt goes
+        messages = [plain_message(message, None) for message in talk[: rendering.messages - prompted]]
         encoded = saved.apply_chat_template(
             in_form(messages, rendering.form),
             tools=tools_of(row),
-            add_generation_prompt=rendering.composed,
+            add_generation_prompt=prompted,
             return_dict=True,
             tokenizer_kwargs={"verbose": False},
             strftime_now=strftime_fixed,
         )
         served = encoded["input_ids"]
-        trained = sequence.input_ids[: len(served)] if rendering.composed else sequence.input_ids
+        trained = sequence.input_ids[: len(served)] if prompted else sequence.input_ids
         if served != trained:
             raise DataError(f"{where}: {_difference(trained, served, saved)}")
 

@@ -10,7 +10,7 @@ own texts stand in what is trained, all messages before it in its context; it en
 
 Tools: a message may hold `tool_calls` (a list, or its JSON text as the store has it), `name` and `tool_call_id`, a row
 `tools`. They go to the template in Hugging Face's form; where something is lost by that, in the other forms that
-servers feed (`FORMS`).
+servers feed (`renders.Form`).
 """
 
 import os

@@ -5,10 +5,12 @@ and figures. Every shard keeps books of its own, its facts; the step's are their
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
+CHOSEN = frozenset({"truncated", "split_border"})
+"""Reasons that a recipe asks for: `pack.overlong: truncate` and `split`."""
 UNITS = ("sequences", "tokens", "supervised_tokens")
 Counts = tuple[int, int, int]
 """One figure a unit."""
@@ -83,6 +85,13 @@ class Tally:
         """Why sequences were set aside, commonest first, for a message; empty if none were."""
         counts = Counter({reason: entry[0] for reason, entry in self.set_aside.items() if entry[0]})
         return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+
+
+def losses(ledger: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, int, int]]:
+    """What `pack.max_quarantined_fraction` bounds: in words what is counted, how much is set aside, and of how much."""
+    for unit, words in (("sequences", "sequences"), ("supervised_tokens", "trained tokens")):
+        entry = ledger[unit]
+        yield words, sum(n for reason, n in entry["set_aside"].items() if reason not in CHOSEN), entry["in"]
 
 
 def _add(figures: list[int], counts: Iterable[int]) -> None:

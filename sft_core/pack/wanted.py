@@ -5,7 +5,6 @@ In: messages and a chat template, in whose text both stand (see `template`), so 
 Out: messages.
 """
 
-from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
@@ -13,12 +12,11 @@ from sft_core.pack.template import drops_reasoning, trains_the_last
 from sft_core.pack.thoughts import drop_thoughts
 
 
-def wanted_of(messages: SequenceOf[Mapping[str, Any]], chat_template: str) -> list[dict[str, Any]]:
+def wanted_of(messages: SequenceOf[dict[str, Any]], chat_template: str) -> list[dict[str, Any]]:
     """The messages as they are trained, evaluated and certified. RowError where nothing is left of one."""
-    talk = drop_thoughts(messages)[0] if drops_reasoning(chat_template) else [dict(message) for message in messages]
-    if trains_the_last(chat_template):
-        last = max((place for place, message in enumerate(talk) if message["role"] == "assistant"), default=None)
-        for place, message in enumerate(talk):
-            if message["role"] == "assistant" and place != last:
-                message["weight"] = 0
-    return talk
+    talk: list[dict[str, Any]] = drop_thoughts(messages)[0] if drops_reasoning(chat_template) else list(messages)
+    if not trains_the_last(chat_template):
+        return talk
+    last = max((place for place, message in enumerate(talk) if message["role"] == "assistant"), default=None)
+    earlier = [message["role"] == "assistant" and place != last for place, message in enumerate(talk)]
+    return [{**message, "weight": 0} if given else message for message, given in zip(talk, earlier, strict=True)]

@@ -35,10 +35,24 @@ def test_the_same_call_in_any_form(said: str) -> None:
         ([RING], '{"name": "ring", "arguments": "bell Köln"}', CallScore(1, 0, 0)),
         ([RING], '{"name": "ring", "arguments": {"bell": ', CallScore(0, 0, 0)),
         ([RING], "It rang.", CallScore(0, 0, 0)),
+        (
+            [STOP],
+            '<think>{"name": "ring", "arguments": {}}?</think>{"name": "stop", "arguments": {}}',
+            CallScore(1, 1, 1),
+        ),
         ([RING, STOP], '{"name": "ring", "arguments": {"bell": "Köln", "times": 2}}', CallScore(0.5, 0.5, 0.5)),
         ([STOP], '{"name": "stop", "arguments": {}}\n{"name": "stop", "arguments": {}}', CallScore(0.5, 0.5, 0.5)),
     ],
-    ids=["other value", "other name", "text arguments", "cut off", "no call", "one of two", "one too many"],
+    ids=[
+        "other value",
+        "other name",
+        "text arguments",
+        "cut off",
+        "no call",
+        "one in the thought",
+        "one of two",
+        "one too many",
+    ],
 )
 def test_what_is_wrong_counts(calls: list[dict[str, Any]], said: str, expected: CallScore) -> None:
     assert score_calls(calls, said, "as rendered") == expected

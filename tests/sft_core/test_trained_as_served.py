@@ -10,11 +10,12 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sft_core.errors import RecipeError, RowError
-from sft_core.pack import IGNORE_INDEX, encode_conversation, stop_token_ids
+from sft_core.errors import DataError, RecipeError, RowError
+from sft_core.pack import IGNORE_INDEX, encode_conversation, load_chat_template, stop_token_ids, template_of
 from sft_core.pack.proof import prove_rows
 from sft_core.pack.rendering import render_conversation
 from sft_core.pack.template import bind_template
+from sft_core.recipe import PackConfig
 
 SPECIAL = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>", "<|tool|>", "<|end|>", "<|call|>"]
 ADDED = ["<think>", "</think>", "<call>", "</call>"]
@@ -159,7 +160,7 @@ def test_what_the_server_writes_before_an_answer_is_what_training_has(
 
 
 def test_the_token_that_begins_an_answer_is_trained(tokenizer: Any) -> None:
-    """Prompt and rendering share the first characters of `<|end|>` and `<|call|>`... so of any two special tokens."""
+    """Though it begins with the same characters as the token that a server's prompt goes on with."""
     template = BODY.replace("{{ m.content }}", "{% if m.role == 'assistant' %}<|call|>{% endif %}{{ m.content }}")
     assert trained(tokenizer, [ASK, ANSWER], template)[0][1] == "<|call|>a<|end|>"
     other = template.replace("<|assistant|>\n{% endif %}", "<|assistant|>\n<|tool|>{% endif %}")
@@ -278,18 +279,17 @@ def test_what_stands_behind_the_last_turn_only_is_not_trained(tokenizer: Any) ->
         (BODY.replace("<|end|>", ""), "no_stop"),
         (BODY.replace("<|end|>", "</call>"), None),  # an added token, where there is no special one: it stops
         (CALLS.replace("<|call|>", ""), "no_stop"),  # GLM's: </call> ends a call, and nothing stops at it
-        (BODY.replace("{{ m.content }}", "{{ m.content[:1] }}<|end|>{{ m.content[1:] }}"), "stops_early"),
+        (THINKS.replace("</think>\n\n{% endif %}", "</think><|end|>\n{% endif %}"), "stops_early"),
     ],
 )
 def test_every_trained_turn_ends_with_a_token_that_stops_generation(
     tokenizer: Any, template: str, reason: str | None
 ) -> None:
     talk = [ASK, CALL, RESULT, ANSWER] if "tool_calls" in template else [ASK, {**ANSWER, "content": "ab"}]
+    talk = [ASK, THOUGHT] if reason == "stops_early" else talk
     if reason is None:
         assert trained(tokenizer, talk, template)[0][1] == "ab</call>"
         assert tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer, template)) == ["</call>", "</s>"]
-    elif reason == "stops_early":
-        assert refused(tokenizer, talk, template) in ("stops_early", "lost_text")
     else:
         assert refused(tokenizer, talk, template) == reason
 
@@ -363,3 +363,25 @@ def test_the_last_answer_only(tokenizer: Any) -> None:
     ((_, both),) = trained(tokenizer, talk, BODY)
     assert both == "first<|end|>a<|end|>"
     assert encode_conversation([*talk[:3], {**ANSWER, "weight": 0}], tokenizer, last)[0].labels.count(IGNORE_INDEX) > 20
+
+
+def test_a_variable_that_the_template_does_not_have_is_refused() -> None:
+    """A misspelt one would change nothing, in silence."""
+
+    def template(**values: Any) -> str:
+        return template_of(PackConfig(chat_template="chatml", template_kwargs=values))
+
+    for name in ("enable_thinkin", "strftime_date", "drop_reasoning"):
+        with pytest.raises(RecipeError, match=f"pack.template_kwargs: '{name}' is no variable of the chat template"):
+            template(**{name: "2026-01-01"})
+    assert template() == load_chat_template("chatml")
+    assert "{% set eos_like = false %}" in bind_template("{{ eos_like }}", {"eos_like": False})
+
+
+def test_rows_whose_answers_merge_with_their_prompts_are_held_against_the_saved_tokenizer_too(tokenizer: Any) -> None:
+    row = {"messages": [ASK, {**ANSWER, "content": "\na"}], "dataset": "d", "file": "f", "row_number": 3}
+    tokenizer.chat_template = BODY
+    assert prove_rows([row] * 3, tokenizer, tokenizer, BODY) == []
+    tokenizer.chat_template = BODY.replace("<|user|>", "<|system|>").replace("{{ m.role }}", "{{ 'system' }}")
+    with pytest.raises(DataError, match="d, f, row 3: training would see other tokens than serving: from token 0 on"):
+        prove_rows([row] * 3, tokenizer, tokenizer, BODY)
