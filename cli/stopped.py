@@ -26,6 +26,8 @@ SLOW_SECONDS = 1.0
 """After so long a person is told that something happens."""
 _ended: list[int] = []
 """The exit status, once the last line is out."""
+_slow: list[threading.Timer] = []
+"""What tells them so, for each stop that was asked for."""
 
 
 def begin() -> None:
@@ -36,6 +38,8 @@ def begin() -> None:
 
 def go_on() -> None:
     """The stop was meant for something smaller than the command, and has been done."""
+    while _slow:
+        _slow.pop().cancel()
     stop.withdraw()
     logging.disable(logging.NOTSET)
 
@@ -72,6 +76,7 @@ def _hear(number: int) -> None:
         logging.disable(logging.CRITICAL)
     said = threading.Timer(SLOW_SECONDS, _say_stopping)
     said.daemon = True
+    _slow.append(said)
     said.start()
 
 

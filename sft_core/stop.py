@@ -4,8 +4,8 @@ In: the signals. Out: `Stopped` raised in the main thread, and `check`, to be ca
 
 A signal's handler runs between any two bytecodes of the main thread, so also in a weakref callback or a `__del__`,
 where Python prints the exception and goes on; and libraries catch what they should not. Therefore a thread reads the
-signals too (`signal.set_wakeup_fd`), whoever handles them, and has the stop raised again every second until the main
-thread unwinds: until a handler, run there, sees that an exception which is no `Exception` is being handled.
+signals too (`signal.set_wakeup_fd`), whoever handles them, and has the stop raised again four times a second until the
+main thread unwinds: until a handler, run there, sees that an exception which is no `Exception` is being handled.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-AGAIN_SECONDS = 1.0
+AGAIN_SECONDS = 0.25
 """Between two tries to have a stop noticed."""
 PRESS_SECONDS = 0.4
 """Two SIGINTs that are nearer to one another are one: `uv run` and the terminal both send it."""
@@ -138,8 +138,9 @@ os.register_at_fork(after_in_child=_after_fork)
 def listen(limit: float, on_stop: Callable[[int], None]) -> None:
     """For a command: from now on the three signals stop it. `Stopped` is raised; after `limit` seconds (`allowing`
     gives more), or at a second Ctrl-C, the process ends as it is. Signals that are ignored from the start (nohup, a
-    script's `&`) stay so. `on_stop` hears of the signal before it is raised."""
+    script's `&`) stay so. `on_stop` hears of the signal before it is raised. Who listened before does so no more."""
     global _listener
+    leave()
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _raise)

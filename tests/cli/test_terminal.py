@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from cli.chat import _show
 from sft_core.stop import Stopped
@@ -35,11 +36,11 @@ def start() -> Iterator[START]:
 
 
 def chat(start: START, folder: Path, model: Path) -> Terminal:
-    """At its first prompt; answers are noise without end: no token ends one."""
+    """At its first prompt; answers are noise without end: no token that ends one ever comes."""
     endless = shutil.copytree(model, folder / "endless")
-    for name in ("config.json", "generation_config.json"):
-        values = json.loads((endless / name).read_text())
-        (endless / name).write_text(json.dumps({**values, "eos_token_id": None}))
+    generation = endless / "generation_config.json"
+    ends = AutoTokenizer.from_pretrained(model).all_special_ids
+    generation.write_text(json.dumps({**json.loads(generation.read_text()), "suppress_tokens": ends}))
     options = ("--chat-template", "chatml", "--max-new-tokens", "100000", "--temperature", "1.5")
     command = start(folder, "chat", str(endless), *options)
     command.wait_for(r"> $")

@@ -240,6 +240,24 @@ def test_signals_that_are_ignored_stay_so() -> None:
     assert done.stdout == "went on\nNone\n"
 
 
+def test_who_listens_a_second_time_listens_once() -> None:
+    """Two commands called as functions: the first one's thread went on reading signals, and raised them for ever."""
+    done = run("""
+        stop.listen(50.0, lambda number: print("first"))
+        stop.listen(50.0, lambda number: print("second"))
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except stop.Stopped:
+            print("stopped")
+        stop.leave()
+        signal.signal(signal.SIGTERM, lambda *_: print("mine"))
+        os.kill(os.getpid(), signal.SIGTERM)
+        work(2.5)
+        print(signal.set_wakeup_fd(-1))
+    """)
+    assert done.stdout == "second\nstopped\nmine\nwent on\n-1\n"
+
+
 def test_prefects_own_signal_is_raised_again_in_a_flow() -> None:
     """As in a deployed flow run: Prefect handles SIGTERM, raises TerminationSignal, and afterwards sends it again."""
     done = run("""
