@@ -1,6 +1,7 @@
 """`sft convert pth-to-hf` and `sft convert merge`, on plain folders, under XTuner's names."""
 
 import errno
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -118,20 +119,23 @@ def merge(  # noqa: PLR0913
 def resize(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or hub id of the base model.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist or be empty.")],
+    add: Annotated[
+        list[str] | None, typer.Option(metavar="TOKEN", help="Special token that the tokenizer gets first; repeatable.")
+    ] = None,
 ) -> None:
-    """Give a base model whose tokenizer has more tokens than its embedding has rows a row for each of them.
+    """Give a base model a row of its embeddings for every token of its tokenizer, and for those of --add.
 
-    A new row is the mean of the others, and has to be trained: train.lora.modules_to_save with both embeddings, or all
-    weights. Name OUT as base_model.path.
+    A new row is the mean of the others, and has to be trained: train.lora.trainable_tokens, or all weights. Name OUT as
+    base_model.path.
     """
     from sft_core.base_check.vocabulary import resize as resize_base
     from sft_core.base_model import local_base_model
     from sft_core.recipe import BaseModelConfig
 
     with _filled(out) as folder:
-        made = resize_base(local_base_model(BaseModelConfig(path=base), None), folder)
-    print(f"{out}: {made.after:,} token rows, {made.after - made.before:,} of them new: the mean of the others")
-    print(f"to train them: base_model.path: {out}, train.lora.modules_to_save: [{', '.join(made.modules)}]")
+        made = resize_base(local_base_model(BaseModelConfig(path=base), None), folder, add or ())
+    print(f"{out}: {made.after:,} token rows, {len(made.tokens):,} of them new: the mean of the others")
+    print(f"to train them: base_model.path: {out}, train.lora.trainable_tokens: {json.dumps(made.tokens)}")
 
 
 def _overridden(

@@ -5,9 +5,12 @@ In: a model folder. Out: notes, or ModelError; of `resize`, another folder.
 
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tokenizers import AddedToken
 
 from sft_core.base_check.generation import saveable
 from sft_core.convert.skeleton import skeleton, token_modules
@@ -57,17 +60,17 @@ def check_vocabulary(model: str, folder: Path) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Resized:
-    """Rows before and after, and the modules that have them (their own names), which have to be trained."""
+    """Rows before and after, and the tokens whose rows are new and have to be trained, by their ids."""
 
     before: int
     after: int
-    modules: tuple[str, ...]
+    tokens: tuple[str, ...]
 
 
-def resize(folder: Path, out: Path) -> Resized:
-    """Write the model to `out` with a row for every token of its tokenizer. A new row is the mean of the others, in the
-    input and in the output embedding: no number is drawn. ModelError if there is nothing to do. The model is in memory
-    once, in its own dtype.
+def resize(folder: Path, out: Path, add: Sequence[str] = ()) -> Resized:
+    """Write the model to `out` with a row for every token of its tokenizer, which gets the special tokens `add` first.
+    A new row is the mean of the others, in the input and in the output embedding: no number is drawn. ModelError if
+    there is nothing to do, or if a token is there already. The model is in memory once, in its own dtype.
     """
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -75,24 +78,50 @@ def resize(folder: Path, out: Path) -> Resized:
     from sft_core.base_check import check_folder, read_json, require_unquantized
 
     found = _read(str(folder), folder)
-    if not found.beyond:
+    added = _add_tokens(folder, out, add) if add else {}
+    new = {**found.beyond, **added}
+    if not new:
         raise ModelError(f"base model {folder}: its {found.rows:,} rows are enough for its tokenizer; use it as it is")
     require_unquantized(str(folder), read_json(folder / "config.json"))
     check_folder(folder, whole=False, numbers=True)
     with transformers_silent(), torch.no_grad():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-        model.resize_token_embeddings(found.needed, mean_resizing=False)
-        names = tuple(token_modules(model))
+        rows = max(found.rows, max(new) + 1)
+        if rows > found.rows:
+            model.resize_token_embeddings(rows, mean_resizing=False)
+        known = [number for number in range(found.rows) if number not in added]  # a base may have rows to spare
+        names = token_modules(model)
         for parameter in {id(p): p for name in names for p in model.get_submodule(name).parameters()}.values():
-            mean = parameter[: found.rows].float().mean(0)  # (width,); of a head's bias: ()
-            parameter[found.rows :] = mean.to(parameter.dtype)
+            mean = parameter[known].float().mean(0)  # (width,); of a head's bias: ()
+            for number in (*range(found.rows, rows), *added):
+                parameter[number] = mean.to(parameter.dtype)
         generation = saveable(model.generation_config.to_diff_dict(), str(folder))[0]
         model.generation_config = GenerationConfig(**generation)
         model.save_pretrained(out)
-    copy_tokenizer(folder, out)
+    if not add:
+        copy_tokenizer(folder, out)
     for code in folder.glob("*.py"):
         shutil.copyfile(code, out / code.name)
-    return Resized(found.rows, found.needed, tuple(name.rpartition(".")[2] for name in names))
+    return Resized(found.rows, rows, tuple(token for _, token in sorted(new.items())))
+
+
+def _add_tokens(folder: Path, out: Path, tokens: Sequence[str]) -> dict[int, str]:
+    """Write the tokenizer with `tokens` as special ones to `out`; their ids. ModelError if it has one already."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    vocabulary = tokenizer.get_vocab()
+    there = [token for token in tokens if token in vocabulary]
+    if there or len(set(tokens)) != len(tokens):
+        raise ModelError(
+            f"base model {folder}: its tokenizer has {there[0]!r} already; train.lora.trainable_tokens trains its rows"
+            if there
+            else f"{', '.join(tokens)}: a token is named twice"
+        )
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(out)
+    return {tokenizer.convert_tokens_to_ids(token): token for token in tokens}
 
 
 def _read(model: str, folder: Path) -> Vocabulary:

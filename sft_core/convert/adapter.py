@@ -14,13 +14,15 @@ import torch
 from sft_core.convert import ConvertOptions
 from sft_core.convert.layout import CONFIG, WEIGHTS
 from sft_core.convert.skeleton import Shape, adapter_shapes, peft_config, short_names
-from sft_core.convert.trained import Stored, TrainedTensors, all_finite
+from sft_core.convert.trained import Stored, TrainedTensors, all_finite, same_bits
 from sft_core.convert.writer import Slot, write_tensors
 from sft_core.errors import ModelError
 from sft_core.recipe import LoraConfig
 
 PREFIX = "base_model.model."
 QUANTIZATION = "quantization.json"
+ROWS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
+"""Single rows of an embedding (`train.lora.trainable_tokens`)."""
 PART = re.compile(r"(?P<module>.+)\.lora_(?:(?P<side>[AB])\.weight|embedding_(?P<table>[AB])|magnitude_vector)")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -50,11 +52,14 @@ def checked_tensors(
     for saved in lora.modules_to_save:
         if not any(_is_of(name, saved) for name in tensors):
             raise ModelError(f"{trained.source}: train.lora.modules_to_save names {saved}, which is not in it")
+    if options.base is None and lora.trainable_tokens:
+        raise ModelError("train.lora.trainable_tokens: which rows these are is known by the base alone; give it")
     if options.base is None:
         config = peft_config(lora, [match["module"] for name in tensors if (match := PART.fullmatch(name))])
         config.target_modules = short_names(config.target_modules)
     else:
         expected, config = adapter_shapes(options.base, lora, options.trust_remote_code)
+        _drop_tied_rows(tensors, expected)
         _check_against(tensors, expected, trained, options.base)
     return tensors, config.to_dict()
 
@@ -100,7 +105,10 @@ def _peft_name(key: str, lora: LoraConfig) -> str:
     name = re.sub(r"\.lora_magnitude_vector\.default(?:\.weight)?$", ".lora_magnitude_vector", name)
     name = re.sub(r"\.(lora_embedding_[AB])\.default$", r".\1", name)
     name = name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
-    if not name.startswith(PREFIX) or not (PART.fullmatch(name) or any(_is_of(name, m) for m in lora.modules_to_save)):
+    if lora.trainable_tokens:
+        name = re.sub(r"\.trainable_tokens_delta\.default$", ".trainable_tokens_delta", name)
+    known = PART.fullmatch(name) or (lora.trainable_tokens and ROWS.fullmatch(name))
+    if not name.startswith(PREFIX) or not (known or any(_is_of(name, m) for m in lora.modules_to_save)):
         raise ModelError(
             f"{key}: not a lora_A or lora_B weight, nor of a module that train.lora.modules_to_save names. If all "
             "weights were trained, set train.lora to null; biases and image models are not converted"
@@ -135,6 +143,14 @@ def _check_pairs(tensors: dict[str, Stored], lora: LoraConfig, source: Path) -> 
             raise ModelError(
                 f"{source}: {name} has shape {tuple(tensor.shape)}, which is not of rank train.lora.r = {lora.r}"
             )
+
+
+def _drop_tied_rows(tensors: dict[str, Stored], expected: dict[str, Shape]) -> None:
+    """Rows of a tied head are the embedding's, and some trainers keep them under both names."""
+    first = next((tensors[name] for name in tensors if ROWS.fullmatch(name) and name in expected), None)
+    for name in [name for name in tensors if ROWS.fullmatch(name) and name not in expected]:
+        if first is not None and first.shape == tensors[name].shape and same_bits(first.read(), tensors[name].read()):
+            del tensors[name]
 
 
 def _check_against(tensors: dict[str, Stored], expected: dict[str, Shape], trained: TrainedTensors, base: Path) -> None:

@@ -30,7 +30,7 @@ def skeleton(base: Path, trust_remote_code: bool) -> Any:
         raise ModelError(f"{base / 'config.json'}: no causal language model can be made of it ({why})") from None
 
 
-def peft_config(lora: LoraConfig, modules: Iterable[str]) -> Any:
+def peft_config(lora: LoraConfig, modules: Iterable[str], token_rows: dict[str, list[int]] | None = None) -> Any:
     """PEFT's form of `train.lora` for an adapter that is trained: the initial values no longer matter."""
     from peft import LoraConfig as PeftLoraConfig
 
@@ -40,6 +40,7 @@ def peft_config(lora: LoraConfig, modules: Iterable[str]) -> Any:
         lora_dropout=lora.lora_dropout,
         target_modules=list(modules),
         modules_to_save=list(lora.modules_to_save) or None,
+        trainable_token_indices=token_rows,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         bias="none",
@@ -59,14 +60,16 @@ def adapter_shapes(base: Path, lora: LoraConfig, trust_remote_code: bool) -> tup
     from peft import get_peft_model, get_peft_model_state_dict
 
     from sft_core.train.targets import adapted_modules
+    from sft_core.train.token_rows import token_indices
 
     model = skeleton(base, trust_remote_code)
     try:
         modules = adapted_modules(model, lora)
         short = short_names(modules)
         matched = [name for name, _ in model.named_modules() if any(f".{name}".endswith(f".{end}") for end in short)]
+        token_rows = token_indices(model, base, lora.trainable_tokens, trust_remote_code)
         with torch.device("meta"):
-            adapted = get_peft_model(model, peft_config(lora, modules))
+            adapted = get_peft_model(model, peft_config(lora, modules, token_rows))
     except (ValueError, RecipeError) as error:
         raise ModelError(f"base {base}: {error}; the recipe's train.lora is of another model") from None
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)

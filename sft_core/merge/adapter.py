@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from sft_core.base_check.identity import BaseIdentity, foreign_identity, recorded_identity
 from sft_core.convert.reader import read_pickle
-from sft_core.convert.skeleton import transposed_modules
+from sft_core.convert.skeleton import token_modules, transposed_modules
 from sft_core.convert.trained import all_finite
 from sft_core.errors import ModelError
 from sft_core.fingerprint import hash_folder, hash_value
@@ -31,10 +31,10 @@ PICKLED = "adapter_model.bin"
 QUANTIZATION = "quantization.json"
 PREFIX = "base_model.model."
 KEY = re.compile(r"(?P<module>.+)\.lora_(?:(?P<side>[AB])\.weight|embedding_(?P<table>[AB])|(?P<m>magnitude_vector))")
+ROWS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
 BEYOND = (
     "lora_bias",
     "target_parameters",
-    "trainable_token_indices",
     "use_qalora",
     "use_bdlora",
     "alora_invocation_tokens",
@@ -63,20 +63,36 @@ class Update:
         return Update(left=left, right=right, magnitude=self.magnitude, outputs=1 - self.outputs)
 
 
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """`values` (tokens, width) take the place of the rows `ids` of a weight."""
+
+    ids: tuple[int, ...]
+    values: torch.Tensor
+
+    def put(self, first: int, rows: torch.Tensor) -> None:
+        """Into `rows` of the weight, the first of which is its row `first`."""
+        for place, number in enumerate(self.ids):
+            if first <= number < first + len(rows):
+                rows[number - first] = self.values[place].to(rows.dtype)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """`updates`: module name -> Update. `saved`: parameter name -> the tensor that takes its place. `copies`: parameter
-    name -> what PEFT saved of the untrained base (its embeddings, where they are targets), to be found there again.
+    """`updates`: module name -> Update. `saved`: parameter name -> the tensor that takes its place. `rows`: parameter
+    name -> the rows that take the place of single ones. `copies`: parameter name -> what PEFT saved of the untrained
+    base (its embeddings, where they are targets), to be found there again.
 
-    `beyond`: the settings that PEFT's own merge must see to; None if the stream can. `rows`: token rows in training,
-    where they are not the base's.
+    `beyond`: the settings that PEFT's own merge must see to; None if the stream can. `vocabulary`: token rows in
+    training, where they are not the base's.
     """
 
     updates: dict[str, Update]
     saved: dict[str, torch.Tensor]
+    rows: dict[str, TokenRows]
     copies: dict[str, torch.Tensor]
     beyond: str | None
-    rows: int | None
+    vocabulary: int | None
     quantization: dict[str, Any] | None
     fingerprint: str
     base: BaseIdentity
@@ -101,11 +117,14 @@ def load_adapter(folder: Path, model: Any) -> Adapter:
             f"{folder / CONFIG}: layer_replication is set: the model has more layers than the base; only PEFT loads it"
         )
     weights, tensors = _read_tensors(folder)
-    rows = resized_rows(tensors, model, PREFIX, weights)
-    beyond = ", ".join(filter(None, (_beyond(config), f"a vocabulary of {rows} rows" if rows else None))) or None
+    vocabulary = resized_rows(tensors, model, PREFIX, weights)
+    resized = f"a vocabulary of {vocabulary} rows" if vocabulary else None
+    reasons = (_beyond(config), _rows_beyond(config, tensors, model, vocabulary), resized)
+    beyond = ", ".join(filter(None, reasons)) or None
     if beyond:
         _check_numbers(tensors, weights)
         require_untied_updates(tensors, model, PREFIX, weights)
+    rows = {} if beyond else _take_rows(tensors, config, weights)
     edits = _edits(tensors, config, weights, transposed_modules(model)) if not beyond else ({}, {}, {})
     updates, saved, copies = edits
     quantization = folder / QUANTIZATION
@@ -113,9 +132,10 @@ def load_adapter(folder: Path, model: Any) -> Adapter:
     return Adapter(
         updates=updates,
         saved=saved,
+        rows=rows,
         copies=copies,
         beyond=beyond,
-        rows=rows,
+        vocabulary=vocabulary,
         quantization=_read_json(quantization) if recorded else None,
         fingerprint=hash_value(hash_folder(folder, (CONFIG, weights.name, *recorded))),
         base=recorded_identity(folder) or foreign_identity(str(config.get("base_model_name_or_path"))),
@@ -145,6 +165,44 @@ def _check_numbers(tensors: dict[str, torch.Tensor], weights: Path) -> None:
     for name, tensor in tensors.items():
         if not all_finite(tensor):
             raise ModelError(f"{weights}: {name} holds NaN or infinity; convert an earlier checkpoint")
+
+
+def _take_rows(tensors: dict[str, torch.Tensor], config: dict[str, Any], weights: Path) -> dict[str, TokenRows]:
+    """Rows of single tokens, which then are no longer among the tensors. PEFT's rule: a key is the end of a name."""
+    given = config.get("trainable_token_indices") or {}
+    rows = {}
+    for name in [name for name in tensors if ROWS.fullmatch(name)]:
+        module, values = name.removesuffix(".token_adapter.trainable_tokens_delta"), tensors.pop(name)
+        found = [given] if isinstance(given, list) else [ids for key, ids in given.items() if module.endswith(key)]
+        if len(found) != 1 or values.dim() != 2 or len(found[0]) != len(values) or len({*found[0]}) != len(found[0]):
+            raise ModelError(f"{weights}: {name} has {len(values)} rows, and trainable_token_indices is {given}")
+        if not all_finite(values):
+            raise ModelError(f"{weights}: {name} holds NaN or infinity; convert an earlier checkpoint")
+        rows[f"{module.removeprefix(PREFIX)}.weight"] = TokenRows(tuple(found[0]), values)
+    if given and not rows:
+        raise ModelError(f"{weights}: trainable_token_indices is {given}, and no such rows are in it")
+    return rows
+
+
+def _rows_beyond(
+    config: dict[str, Any], tensors: dict[str, torch.Tensor], model: Any, vocabulary: int | None
+) -> str | None:
+    """Where rows of single tokens are more than rows put into one weight each: a resized vocabulary, or a tied pair
+    that the adapter changes by more than the embedding's rows."""
+    tokens = config.get("trainable_token_indices")
+    if not tokens or not (vocabulary or getattr(model, "all_tied_weights_keys", None)):
+        return None
+    embedding, *others = (f"{PREFIX}{name}." for name in _tables(model))
+    touched = [name for name in tensors if name.startswith((embedding, *others))]
+    if not vocabulary and all(name.startswith(embedding) and ROWS.fullmatch(name) for name in touched):
+        return None
+    return f"trainable_token_indices = {tokens!r}"
+
+
+def _tables(model: Any) -> list[str]:
+    """The input embedding first."""
+    inputs = model.get_input_embeddings()
+    return sorted(token_modules(model), key=lambda name: model.get_submodule(name) is not inputs)
 
 
 def _beyond(config: dict[str, Any]) -> str | None:

@@ -26,8 +26,8 @@ def merge_by_peft(base: Path, adapter: Adapter, out: Path, options: MergeOptions
     if len(dtypes) != 1:
         raise ModelError(f"base {base}: has weights of {sorted(map(str, dtypes))}; PEFT's merge needs one dtype")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=options.trust_remote_code)
-    if adapter.rows:
-        model.resize_token_embeddings(adapter.rows, mean_resizing=False)  # the adapter holds all rows
+    if adapter.vocabulary:
+        model.resize_token_embeddings(adapter.vocabulary, mean_resizing=False)  # the adapter holds all rows
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
         with warnings.catch_warnings():
@@ -52,8 +52,8 @@ def merge_by_peft(base: Path, adapter: Adapter, out: Path, options: MergeOptions
     if untied is False and config.get("tie_word_embeddings"):
         config["tie_word_embeddings"] = False
     for part in (config, config.get("text_config")):
-        if adapter.rows and isinstance(part, dict) and "vocab_size" in part:
-            part["vocab_size"] = adapter.rows
+        if adapter.vocabulary and isinstance(part, dict) and "vocab_size" in part:
+            part["vocab_size"] = adapter.vocabulary
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     (out / "config.json").write_text(text, "utf-8")
     return MergeCount(total=len(places), merged=changed)

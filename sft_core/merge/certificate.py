@@ -142,8 +142,8 @@ def _load_trained(base: Path, adapter: Adapter, options: MergeOptions) -> Any:
 
 
 def _resized(model: Any, adapter: Adapter) -> Any:
-    if adapter.rows:
-        model.resize_token_embeddings(adapter.rows, mean_resizing=False)  # the adapter holds all rows
+    if adapter.vocabulary:
+        model.resize_token_embeddings(adapter.vocabulary, mean_resizing=False)  # the adapter holds all rows
     return model
 
 

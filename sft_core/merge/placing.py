@@ -5,7 +5,7 @@ each. Names differ where transformers renames at load (prefixes, `block_sparse_m
 one tensor, and part ways where the adapter changes one of them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 from sft_core.convert.skeleton import published
 from sft_core.errors import ModelError
-from sft_core.merge.adapter import Adapter, Update
+from sft_core.merge.adapter import Adapter, TokenRows, Update
 from sft_core.merge.shards import Place
 
 
@@ -24,12 +24,13 @@ class Edit:
     place: Place
     update: Update | None = None
     saved: torch.Tensor | None = None
+    rows: TokenRows | None = None
     dequantize: bool = False
 
     @property
     def copied(self) -> bool:
         """True if the bytes stay."""
-        return self.update is None and self.saved is None and not self.dequantize
+        return self.update is None and self.saved is None and self.rows is None and not self.dequantize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,20 +50,22 @@ def plan_edits(
     names = _Names(model, frozenset(places), base)
     updates = {f"{module}.weight": update for module, update in adapter.updates.items()}
     saved, copies = _tied_in_training(model, adapter)
-    both = sorted(set(updates) & set(saved))
+    both = sorted((updates.keys() & saved.keys()) | (adapter.rows.keys() & {*updates, *saved}))
     if both:
-        raise ModelError(f"{adapter.folder}: {both[0]} is trained whole and by LoRA at once; only one can be merged")
-    fused = [live for live in (*updates, *saved, *dequantize) if names.is_fused(live)]
+        raise ModelError(f"{adapter.folder}: {both[0]} is trained in two ways at once; only one can be merged")
+    fused = [live for live in (*updates, *saved, *adapter.rows, *dequantize) if names.is_fused(live)]
     if fused:
         return Plan(shards={}, fused=f"the base's files hold {fused[0]} in parts")
     for live, copy in copies.items():
         _check_copy(live, copy, places[names.find(_first_name(model, live))], adapter)
     edits: dict[str, Edit] = {}
     untied = _untie(model, names, updates, saved, places)
-    for live in sorted({*updates, *saved, *dequantize}):
+    for live in sorted({*updates, *saved, *adapter.rows, *dequantize}):
         name = untied.get(live) or names.find(live)
         place = places[names.find(_first_name(model, live)) if live in untied else name]
         edits[name] = _edit(name, place, updates.get(live), saved.get(live), live in dequantize)
+        if live in adapter.rows:
+            edits[name] = _with_rows(edits[name], name, adapter.rows[live])
     for live, name in untied.items():
         edits.setdefault(name, Edit(place=places[names.find(_first_name(model, live))]))
     planned = {
@@ -103,6 +106,16 @@ def _edit(name: str, place: Place, update: Update | None, saved: torch.Tensor | 
     if not place.dtype.is_floating_point or place.dtype.itemsize < 2:
         raise ModelError(f"base: {name} is stored as {place.dtype}; take the base model that is not quantised on disk")
     return Edit(place=place, update=update, saved=saved, dequantize=dequantize)
+
+
+def _with_rows(edit: Edit, name: str, rows: TokenRows) -> Edit:
+    shape = edit.place.shape
+    if len(shape) != 2 or rows.values.shape[1] != shape[1] or not all(0 <= number < shape[0] for number in rows.ids):
+        raise ModelError(
+            f"base: {name}: the adapter has rows of width {rows.values.shape[1]} up to number {max(rows.ids)}, the "
+            f"weight is {shape}; the adapter was trained on another model"
+        )
+    return replace(edit, rows=rows)
 
 
 def _tied(model: Any) -> dict[str, str]:

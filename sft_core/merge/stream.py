@@ -147,6 +147,8 @@ def _write_tensor(job: _Job, space: Workspace, compute_dtype: torch.dtype) -> Me
                     add_rows(edit, first, rows, result, space)
                 else:
                     result.copy_(rows)
+                if edit.rows is not None:
+                    edit.rows.put(first, result)
                 check_finite(slot.name, result)
                 changed = changed or _differ(result, rows.to(slot.dtype))
             view = result.reshape(-1).view(torch.uint8).numpy().data
@@ -157,7 +159,7 @@ def _write_tensor(job: _Job, space: Workspace, compute_dtype: torch.dtype) -> Me
         merged=edit.update is not None,
         swallowed=edit.update is not None and not changed,
         dequantized=edit.dequantize,
-        saved=edit.saved is not None,
+        saved=edit.saved is not None or edit.rows is not None,
     )
 
 

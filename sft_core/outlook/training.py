@@ -3,6 +3,7 @@
 In: the recipe, the packed folder, the base model's folder. Out: warnings, a sentence or two each.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
 from sft_core.outlook.untrained import UntrainedToken, UsedTokens, Vocabulary, untrained_tokens
-from sft_core.outlook.weight_rows import OUTPUT_MODULES, input_matrix
+from sft_core.outlook.weight_rows import OUTPUT_MODULES
 from sft_core.pack.packed import BINS, SEQUENCES, TOKENIZER
 from sft_core.recipe import LoraConfig, Recipe
 
@@ -54,19 +55,15 @@ def untrained_words(lora: LoraConfig | None, base: Path, vocabulary: Vocabulary,
     found = [token for token in untrained_tokens(base, vocabulary, used) if not _is_adapted(lora, token)]
     written, read = ([token for token in found if token.is_output is output] for output in (True, False))
     if written:
-        embeddings = input_matrix(base)
-        names = dict.fromkeys([embeddings.module] if embeddings else [])
-        names |= dict.fromkeys(["lm_head" if written[0].module in names else written[0].module])
         also = f", and never read {_listed(read)}" if read else ""
         return [
             f"the base model never learned to write {_listed(written)}{also}: the chat template uses that, the rows "
-            "look untrained, and LoRA leaves them so. Answers may never end; set train.lora.modules_to_save: "
-            f"[{', '.join(names)}]"
+            f"look untrained, and LoRA leaves them so. Answers may never end; set {_mend([*written, *read])}"
         ]
     if read:
         return [
             f"the base model never read {_listed(read)}: the chat template uses that, the row looks untrained, and "
-            f"LoRA leaves it so. train.lora.modules_to_save: [{read[0].module}] trains it"
+            f"LoRA leaves it so; set {_mend(read)}"
         ]
     return []
 
@@ -89,7 +86,13 @@ def _is_adapted(lora: LoraConfig, token: UntrainedToken) -> bool:
     """Whether training moves the token's row, whole or by an adapter. A tied head is trained under its own name too."""
     targets = (lora.target_modules,) if isinstance(lora.target_modules, str) else lora.target_modules
     rows = {token.module, *(OUTPUT_MODULES if token.is_output else ())}
+    if token.token in lora.trainable_tokens:
+        return True
     return any(name.rpartition(".")[2] in rows for name in (*lora.modules_to_save, *targets))
+
+
+def _mend(tokens: Sequence[UntrainedToken]) -> str:
+    return f"train.lora.trainable_tokens: {json.dumps([*dict.fromkeys(t.token for t in tokens)])}"
 
 
 def _listed(tokens: Sequence[UntrainedToken]) -> str:

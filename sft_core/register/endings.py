@@ -67,8 +67,8 @@ def unfinished_answers(
             "answers_do_not_end",
             f"{tuned.unfinished} of {tuned.answers} answers of the tuned model do not end within "
             f"evaluate.max_new_tokens {max_new_tokens}, though their references take half of that at most{compared}; "
-            f"{allowed:.0%} may. If the base never learned to write the stop token, set train.lora.modules_to_save: "
-            "[embed_tokens, lm_head] (the log of pack names such tokens); register.max_unfinished_increase "
+            f"{allowed:.0%} may. If the base never learned to write the stop token, set "
+            "train.lora.trainable_tokens to it (the log of pack names such tokens); register.max_unfinished_increase "
             f"({max_increase:g}) is the bound",
         )
     ]

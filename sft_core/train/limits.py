@@ -23,6 +23,11 @@ def check_training(train: TrainConfig, num_processes: int | None = None, cuda: b
             f"train.lora.init_lora_weights {start} with deepspeed {train.deepspeed}: it takes whole weights, and under "
             "ZeRO-3 each rank holds parts; take zero2, or init_lora_weights: true"
         )
+    if stage == 3 and train.lora is not None and train.lora.trainable_tokens:
+        raise RecipeError(
+            f"train.lora.trainable_tokens with deepspeed {train.deepspeed}: it takes rows of whole weights, and under "
+            "ZeRO-3 each rank holds parts; take zero2, or modules_to_save"
+        )
     _check_shared_rows(train, num_processes)
     if train.sample_prompts and stage == 3:
         raise RecipeError(

@@ -19,6 +19,7 @@ from sft_core.errors import ModelError, RecipeError
 from sft_core.recipe import LoraConfig, TrainConfig
 from sft_core.train.initial import initialise
 from sft_core.train.targets import ALL_LINEAR, adapted_modules, check_modules_to_save, fused_experts
+from sft_core.train.token_rows import token_indices, train_rows_alone
 
 
 def quantization_config(train: TrainConfig) -> BitsAndBytesConfig | None:
@@ -72,14 +73,15 @@ def keep_4bit_weights_unpacked(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def peft_config(lora: LoraConfig, modules: list[str]) -> PeftLoraConfig:
-    """PEFT's form of the recipe's `train.lora`, for the modules of one model."""
+def peft_config(lora: LoraConfig, modules: list[str], token_rows: dict[str, list[int]] | None) -> PeftLoraConfig:
+    """PEFT's form of the recipe's `train.lora`, for the modules and token rows of one model."""
     return PeftLoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
         target_modules=modules,
         modules_to_save=list(lora.modules_to_save) or None,
+        trainable_token_indices=token_rows,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         init_lora_weights="gaussian" if lora.init_lora_weights == "gaussian" else True,  # `initialise` does the rest
@@ -102,8 +104,9 @@ def load_trainable(
     if train.quantization != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     check_modules_to_save(model, train.lora)
+    token_rows = token_indices(model, Path(path), train.lora.trainable_tokens, trust_remote_code)
     try:
-        model = get_peft_model(model, peft_config(train.lora, adapted_modules(model, train.lora)))
+        model = get_peft_model(model, peft_config(train.lora, adapted_modules(model, train.lora), token_rows))
     except ValueError as error:
         raise RecipeError(f"train.lora.target_modules {train.lora.target_modules!r}: {error}") from None
     # A 16-bit sum swallows small updates. ZeRO-3 keeps float32 copies itself, and casts nothing that came in parts.
@@ -111,6 +114,7 @@ def load_trainable(
     for parameter in model.parameters():
         if parameter.requires_grad and not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.to(dtype)
+    train_rows_alone(model)
     initialise(model, Path(path), train, work)
     return model, notes
 

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,12 @@ from tests.sft_core.train_runs import config, make_packed, train_here
 
 BEFORE, AFTER = 259, 261
 BOTH = ("embed_tokens", "lm_head")
+TOKENS = ("say w", "!!")
+METHODS: dict[str, dict[str, Any] | None] = {
+    "rows": {"trainable_tokens": TOKENS},
+    "modules": {"modules_to_save": BOTH},
+    "full": None,
+}
 
 
 def add_tokens(model: Path, folder: Path, tied: bool = False) -> Path:
@@ -29,7 +36,7 @@ def add_tokens(model: Path, folder: Path, tied: bool = False) -> Path:
         loaded.tie_weights()
         loaded.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens(["say w", "!!"])
+    tokenizer.add_tokens(list(TOKENS))
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -42,7 +49,7 @@ def rows_of(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("tied", [False, True])
 def test_new_rows_are_the_mean_and_nothing_else_changes(tied: bool, tiny_model: Path, tmp_path: Path) -> None:
     base = add_tokens(tiny_model, tmp_path / "base", tied)
-    assert resize(base, tmp_path / "out") == Resized(BEFORE, AFTER, BOTH)
+    assert resize(base, tmp_path / "out") == Resized(BEFORE, AFTER, TOKENS)
     assert check_folder(tmp_path / "out", numbers=True) == ()
     before, after = rows_of(base), rows_of(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -69,13 +76,13 @@ def test_the_command_that_the_refusal_names_writes_a_base_that_is_accepted(
     assert ended.value.code in (0, None)
     assert capsys.readouterr().out == (
         f"{out}: 261 token rows, 2 of them new: the mean of the others\n"
-        f"to train them: base_model.path: {out}, train.lora.modules_to_save: [embed_tokens, lm_head]\n"
+        f'to train them: base_model.path: {out}, train.lora.trainable_tokens: ["say w", "!!"]\n'
     )
     assert check_folder(out, numbers=True) == ()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", list(METHODS))
 @pytest.mark.parametrize("tied", [False, True])
 def test_added_tokens_are_trained_saved_converted_and_merged(
     tied: bool, method: str, tiny_model: Path, tmp_path: Path, write_conversations: Callable[..., Path]
@@ -83,7 +90,7 @@ def test_added_tokens_are_trained_saved_converted_and_merged(
     base = tmp_path / "resized"
     resize(add_tokens(tiny_model, tmp_path / "base", tied), base)
     packed = make_packed(tmp_path / "data", base, write_conversations)
-    section = config(lora={"modules_to_save": BOTH} if method == "lora" else None, max_steps=3)
+    section = config(lora=METHODS[method], max_steps=3)
     checkpoint = train_here(packed, base, tmp_path, section) / "checkpoint"
     out = tmp_path / "converted"
     options = ConvertOptions(base=base, tokenizer=packed / "tokenizer", dtype=None)
@@ -97,3 +104,28 @@ def test_added_tokens_are_trained_saved_converted_and_merged(
     moved = after.get_input_embeddings().weight - before.get_input_embeddings().weight
     assert float(moved[word].detach().abs().max()) > 1e-3
     assert after.config.vocab_size == AFTER
+
+
+def test_tokens_are_added_first_and_a_spare_row_is_taken_before_new_ones(tiny_model: Path, tmp_path: Path) -> None:
+    spare = tmp_path / "spare"
+    shutil.copytree(tiny_model, spare)
+    roomy = AutoModelForCausalLM.from_pretrained(spare)
+    roomy.resize_token_embeddings(BEFORE + 1, mean_resizing=False)
+    roomy.save_pretrained(spare)
+    assert resize(spare, tmp_path / "one", ["<|call|>"]) == Resized(BEFORE + 1, BEFORE + 1, ("<|call|>",))
+    made = resize(spare, tmp_path / "two", ["<|call|>", "<|result|>"])
+    assert made == Resized(BEFORE + 1, BEFORE + 2, ("<|call|>", "<|result|>"))
+    for folder, added in ((tmp_path / "one", 1), (tmp_path / "two", 2)):
+        assert check_folder(folder, numbers=True) == ()
+        tokenizer, before = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(spare)
+        assert tokenizer("a<|call|>b", add_special_tokens=False).input_ids[1] == BEFORE
+        assert tokenizer.decode([BEFORE], skip_special_tokens=True) == ""
+        assert tokenizer("say w1 <|im_end|>\n").input_ids == before("say w1 <|im_end|>\n").input_ids
+        kept, rows = load_file(spare / "model.safetensors"), load_file(folder / "model.safetensors")
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            assert torch.equal(rows[name][:BEFORE], kept[name][:BEFORE])
+            torch.testing.assert_close(rows[name][BEFORE:], kept[name][:BEFORE].mean(0).expand(added, -1))
+    with pytest.raises(ModelError, match=r"has '<\|im_end\|>' already; train\.lora\.trainable_tokens trains its rows"):
+        resize(spare, tmp_path / "three", ["<|im_end|>"])
+    with pytest.raises(ModelError, match="a token is named twice"):
+        resize(spare, tmp_path / "four", ["<|x|>", "<|x|>"])

@@ -134,7 +134,6 @@ def test_merged_folder_computes_what_pefts_merge_computes(family: tuple[str, Pat
     ("name", "settings"),
     [
         ("llama", {"bias": "all"}),
-        ("llama", {"trainable_token_indices": {"embed_tokens": [3, 5]}}),
         ("llama", {"init_lora_weights": "pissa"}),
         ("gpt2", {"lora_bias": True}),
         ("mixtral", {}),

@@ -33,14 +33,16 @@ ODD: dict[str, tuple[bool, dict[str, Any], str]] = {
         {"trainable_token_indices": {"embed_tokens": [48, 49]}},
         f"{PEFT_MERGES}trainable_token_indices = {{'embed_tokens': [48, 49]}}, a vocabulary of {ROWS} rows)",
     ),
-    "old tokens trained": (
+    "old tokens trained": (False, {"trainable_token_indices": [3, 5]}, STREAM),
+    "old tokens trained, others by LoRA": (
         False,
-        {"trainable_token_indices": [3, 5]},
-        f"{PEFT_MERGES}trainable_token_indices = [3, 5])",
+        {"trainable_token_indices": {"embed_tokens": [5, 3]}, "target_modules": [*ATTENTION, "lm_head"]},
+        STREAM,
     ),
     "plain": (False, {}, STREAM),
 }
 REFUSED = ("tied-llama", "resized, both by LoRA")
+TIED_TWICE = ("tied-llama", "old tokens trained, others by LoRA")
 
 
 def save(base: Path, folder: Path, *, resized: bool, settings: dict[str, Any], **saving: Any) -> Any:
@@ -63,7 +65,7 @@ def save(base: Path, folder: Path, *, resized: bool, settings: dict[str, Any], *
 @pytest.mark.parametrize("kind", list(ODD))
 @pytest.mark.parametrize("family", ["llama", "tied-llama"])
 def test_the_merged_folder_computes_what_was_trained(family: str, kind: str, safetensors: bool, tmp_path: Path) -> None:
-    if (family, kind) == REFUSED:
+    if (family, kind) in (REFUSED, TIED_TWICE):
         pytest.skip("refused, in a test of its own")
     resized, settings, by = ODD[kind]
     base = write_base(family, tmp_path / "base")
@@ -103,6 +105,35 @@ def test_low_rank_updates_of_a_resized_tied_embedding_need_the_resized_base(tmp_
     merge_adapter(tmp_path / "resized", adapter, tmp_path / "out", FULL)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_a_tied_embedding_beside_a_low_rank_update_of_it_are_refused(tmp_path: Path) -> None:
+    base = write_base(TIED_TWICE[0], tmp_path / "base")
+    save(base, tmp_path / "adapter", resized=False, settings=ODD[TIED_TWICE[1]][1])
+    assert "has a low-rank update of lm_head, whose weight the base ties to another" in refusal(
+        base, tmp_path / "adapter"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda name, rows: (name, rows[:1]), "has 1 rows, and trainable_token_indices is"),
+        (lambda name, rows: (name.replace("embed_tokens", "lm_head"), rows), "has 2 rows, and trainable_token_indices"),
+        (lambda name, rows: (name, rows * float("nan")), "holds NaN or infinity"),
+        (lambda name, rows: (name, rows[:, :-1]), "the adapter was trained on another model"),
+        (lambda name, rows: ("base_model.model.x.lora_A.weight", rows), "and no such rows are in it"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(change: Any, said: str, tmp_path: Path) -> None:
+    base = write_base("llama", tmp_path / "base")
+    save(base, tmp_path / "adapter", resized=False, settings={"trainable_token_indices": {"embed_tokens": [5, 3]}})
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    (name,) = (name for name in tensors if "trainable_tokens_delta" in name)
+    key, rows = change(name, tensors.pop(name))
+    save_file({**tensors, key: rows.contiguous()}, file)
+    assert said in refusal(base, tmp_path / "adapter")
 
 
 def test_rows_that_the_adapter_does_not_hold_are_not_made_up(tmp_path: Path) -> None:

@@ -189,10 +189,10 @@ def test_the_warning_names_tokens_norms_and_the_key(tmp_path: Path) -> None:
     (said,) = words(base(tmp_path, near_zero), LoraConfig())
     assert "<|im_end|> (row of lm_head: norm 0.0" in said
     assert ", typical " in said
-    assert "set train.lora.modules_to_save: [embed_tokens, lm_head]" in said
+    assert said.endswith('set train.lora.trainable_tokens: ["<|im_end|>"]')
     (said,) = words(base(tmp_path, near_zero, tied=True), LoraConfig())
     assert "row of embed_tokens" in said
-    assert "set train.lora.modules_to_save: [embed_tokens, lm_head]" in said
+    assert said.endswith('set train.lora.trainable_tokens: ["<|im_end|>"]')
 
 
 @pytest.mark.parametrize(
@@ -201,6 +201,7 @@ def test_the_warning_names_tokens_norms_and_the_key(tmp_path: Path) -> None:
         None,
         LoraConfig(modules_to_save=("embed_tokens", "lm_head")),
         LoraConfig(modules_to_save=("lm_head",)),
+        LoraConfig(trainable_tokens=("<|im_end|>",)),
         LoraConfig(target_modules=("q_proj", "lm_head")),
     ],
 )
@@ -216,4 +217,4 @@ def test_an_untrained_input_row_is_another_warning(tmp_path: Path) -> None:
     save_file({"model.embed_tokens.weight": rows, "lm_head.weight": trained_rows()}, folder / "model.safetensors")
     (said,) = words(folder, LoraConfig())
     assert said.startswith("the base model never read <|im_start|> (row of embed_tokens: norm ")
-    assert said.endswith("train.lora.modules_to_save: [embed_tokens] trains it")
+    assert said.endswith('set train.lora.trainable_tokens: ["<|im_start|>"]')

@@ -108,7 +108,7 @@ def test_the_finding_says_what_was_counted_and_what_to_set() -> None:
     (finding,) = unfinished_answers({"tuned": report(2, 70), "base": report(50, 22)}, LIMIT, INCREASE)
     assert "70 of 72 answers of the tuned model do not end within evaluate.max_new_tokens 48" in finding.words
     assert "of the base's 22 of 72; 41% may" in finding.words
-    assert "train.lora.modules_to_save" in finding.words
+    assert "train.lora.trainable_tokens" in finding.words
     assert "register.max_unfinished_increase (0.1)" in finding.words
 
 

@@ -31,7 +31,7 @@ PHRASES = [f"{colour} {thing}" for colour in COLOURS for thing in THINGS]
 CHAT_TOKENS = ["<|im_start|>", "<|im_end|>"]
 STEPS, BATCH, LENGTH = 120, 16, 48
 MAX_NEW_TOKENS = 24
-SAVED = {"lora": {"modules_to_save": ["embed_tokens", "lm_head"]}}
+MENDED = {"lora": {"trainable_tokens": CHAT_TOKENS}}
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -137,7 +137,7 @@ def test_answers_that_never_end_are_foretold_refused_and_mended(project: Path) -
     (said,) = warnings
     assert said.startswith("the base model never learned to write <|im_end|> (row of lm_head: norm ")
     assert ", and never read <|im_start|> (row of embed_tokens: norm " in said
-    assert said.endswith("set train.lora.modules_to_save: [embed_tokens, lm_head]")
+    assert said.endswith('set train.lora.trainable_tokens: ["<|im_end|>", "<|im_start|>"]')
     tuned, base = reports(run)
     assert judge(tuned, base, None, Terms()).promote  # its loss alone would do
     answers = endings_of(tuned, MAX_NEW_TOKENS)
@@ -146,7 +146,7 @@ def test_answers_that_never_end_are_foretold_refused_and_mended(project: Path) -
     with pytest.raises(DataError, match=r"not registered: \d+ of \d+ answers of the tuned model do not end"):
         judge_stored(run, 1, against_champion=False)
 
-    run, warnings = retrained(project, SAVED)
+    run, warnings = retrained(project, MENDED)
     assert warnings == []
     tuned, base = reports(run)
     assert endings_of(tuned, MAX_NEW_TOKENS).share < 0.2
