@@ -95,6 +95,8 @@ def _lead(retraining: Any, launch: Any) -> None:
     from sft_core.train.nodes import leading
     from sft_core.train.ranks import TRAINING
 
+    for note in retraining.plan.notes:
+        print(f"note: {note}", file=sys.stderr)
     fingerprint = retraining.plan["train"].fingerprint
     there = retraining.store.find("train", fingerprint) is not None
     alone = launch.nnodes == 1 or there

@@ -122,10 +122,13 @@ def explain(recipe: RecipeArgument, set_: SetOption = None) -> None:
 
     resolved = resolve(recipe, parse_settings(set_ or []))
     table = Table("step", "fingerprint", "", "why", box=None, pad_edge=False)
-    for entry in explain_plan(plan_recipe(resolved), Store(resolved.store), resolved.name):
+    plan = plan_recipe(resolved)
+    for entry in explain_plan(plan, Store(resolved.store), resolved.name):
         verdict = "[green]reused[/]" if entry.reused else "[yellow]rebuilt[/]"
         table.add_row(entry.key, entry.fingerprint[:12], verdict, entry.why)
     Console().print(table)
+    for note in plan.notes:
+        print(f"note: {note}")
 
 
 def _retrain(recipe: str, resolved: Any, overrides: dict[str, Any]) -> "tuple[Any, Ended]":

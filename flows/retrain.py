@@ -6,7 +6,7 @@ Where prepare found too few new rows, the run ends as `Skipped` before anything 
 from pathlib import PurePath
 from typing import Any
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed
@@ -98,6 +98,8 @@ def retrain(  # noqa: PLR0913 - one parameter a section, as the form shows them
 
 
 def _parts(recipe: Recipe, plan: Plan) -> Any:
+    for note in plan.notes:
+        get_run_logger().info("note: %s", note)
     run_part(prepare, recipe.compute.prepare, recipe, plan)
     skipped = call(reason_to_skip, recipe, plan)
     if skipped is not None:

@@ -6,7 +6,7 @@ parent; it travels beside the recipe, so a CPU parent and a GPU worker name the 
 
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any, Self
 
@@ -46,11 +46,13 @@ class PlannedStep:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All steps of one retraining, in order. `chat_template` is the Jinja text, `base_commit` the hub commit if any."""
+    """All steps of one retraining, in order. `chat_template` is the Jinja text, `base_commit` the hub commit if any,
+    `notes` what a person should know of the base."""
 
     steps: dict[str, PlannedStep]
     chat_template: str
     base_commit: str | None
+    notes: tuple[str, ...] = ()
 
     def __getitem__(self, key: str) -> PlannedStep:
         return self.steps[key]
@@ -68,7 +70,7 @@ class Plan:
     def from_dict(cls, value: Mapping[str, Any]) -> Self:
         """Back from `as_dict`."""
         steps = {key: PlannedStep(**entry) for key, entry in value["steps"].items()}
-        return cls(steps, value["chat_template"], value["base_commit"])
+        return cls(steps, value["chat_template"], value["base_commit"], tuple(value["notes"]))
 
 
 def plan_recipe(recipe: Recipe) -> Plan:
@@ -76,7 +78,8 @@ def plan_recipe(recipe: Recipe) -> Plan:
     the base is not whole."""
     check_training(recipe.train)
     base = describe_base_model(recipe.base_model)
-    check_base(recipe.base_model, base.commit, numbers=base.commit is None)  # a folder's bytes are read in any case
+    is_folder = base.commit is None  # its bytes are read in any case
+    notes = check_base(recipe.base_model, base.commit, numbers=is_folder)
     template = _chat_template(recipe, base)
     steps: dict[str, PlannedStep] = {}
 
@@ -96,7 +99,7 @@ def plan_recipe(recipe: Recipe) -> Plan:
     merged = _add_model(add, recipe, base, checkpoint, conversations)
     for name, model in (("tuned", merged), ("base", base.fingerprint)):
         add(f"evaluate/{name}", evaluate_parts(recipe, template), {"model": model, "conversations": conversations})
-    return Plan(steps, template, base.commit)
+    return Plan(steps, template, base.commit, notes)
 
 
 def _add_model(
@@ -123,7 +126,7 @@ def plan_champion(plan: Plan, recipe: Recipe, model_fingerprint: str) -> Plan:
     if model_fingerprint == plan["merge"].fingerprint:
         parts = plan["evaluate/tuned"].parts
     step = PlannedStep("evaluate/champion", hash_value({"step": "evaluate", **parts, "inputs": inputs}), parts, inputs)
-    return Plan({**plan.steps, step.key: step}, plan.chat_template, plan.base_commit)
+    return replace(plan, steps={**plan.steps, step.key: step})
 
 
 def library_versions() -> dict[str, str]:

@@ -1,5 +1,7 @@
 """The `sft` command as a user meets it: help, one clear error, exit status."""
 
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -114,6 +116,18 @@ def test_explain_names_a_fault_in_one_error_with_status_1(
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert not (folder / "store").exists()
+
+
+def test_explain_and_train_say_what_was_mended_of_the_base(folder: Path, tiny_model: Path) -> None:
+    base = shutil.copytree(tiny_model, folder / "base")
+    generation = base / "generation_config.json"
+    generation.write_text(json.dumps({**json.loads(generation.read_text()), "temperature": 0.6}))
+    break_file("good.yaml", str(tiny_model), str(base))(folder)
+    said = f"note: base model {base}: generation_config.json has temperature 0.6 without do_sample"
+    explained = sft(folder, "explain", "good.yaml")
+    assert explained.returncode == 0, explained.stderr
+    assert said in explained.stdout
+    assert said in sft(folder, "train", "good.yaml", "--set", "train.max_steps=1").stderr
 
 
 def test_debug_shows_the_traceback(folder: Path) -> None:
