@@ -60,6 +60,11 @@ def trained(message: Mapping[str, Any], where: str, key: str = "content", *, by_
     return own is not False
 
 
+def is_mark(name: object) -> bool:
+    """Whether a row's column of this name is read as a mark."""
+    return _kind(name) in ("mark", "inverse")
+
+
 def check_row(row: Mapping[str, Any]) -> None:
     """RowError for a row whose own columns say that nothing in it is trained, or say it in a way that is not known."""
     said: dict[str, bool] = {}

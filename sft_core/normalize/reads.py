@@ -14,7 +14,7 @@ from sft_core.errors import RowError
 from sft_core.normalize.columns import short
 from sft_core.normalize.map_fns import MAP_FNS
 from sft_core.normalize.map_fns.prompts import ARXIV, CODER, COLORIST, LAWYER, MEDICAL, SQL
-from sft_core.normalize.marks import CAMEL, check_row
+from sft_core.normalize.marks import CAMEL, check_row, is_mark
 
 SYSTEM = ("system", "system_prompt")
 TOOLS = ("tools", "functions")
@@ -123,16 +123,16 @@ def added_system(name: str) -> str:
 
 
 def unread_columns(row: Mapping[str, Any], map_fn: Callable[..., Any]) -> list[str]:
-    """Columns that hold something and that a shipped map_fn does not read.
+    """Columns that hold something and that a shipped map_fn does not read. The row's marks are read for all of them.
 
-    >>> unread_columns({"instruction": "I", "output": "O", "id": 7, "lang": ""}, MAP_FNS["alpaca"])
+    >>> unread_columns({"instruction": "I", "output": "O", "id": 7, "lang": "", "weight": 1}, MAP_FNS["alpaca"])
     ['id']
     """
     found = OF_FUNCTION.get(map_fn)
     if found is None:
         return []
     read = found[1].of(row)
-    return [name for name, value in row.items() if name not in read and holds_something(value)]
+    return [name for name, value in row.items() if name not in read and not is_mark(name) and holds_something(value)]
 
 
 def check_columns(row: Mapping[str, Any], map_fn: Callable[..., Any]) -> None:
