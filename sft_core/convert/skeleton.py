@@ -31,7 +31,8 @@ def skeleton(base: Path, trust_remote_code: bool) -> Any:
 
 
 def peft_config(lora: LoraConfig, modules: Iterable[str], token_rows: dict[str, list[int]] | None = None) -> Any:
-    """PEFT's form of `train.lora` for an adapter that is trained: the initial values no longer matter."""
+    """PEFT's form of the recipe's `train.lora`, for the modules and token rows of one model. Initial values are the
+    training's to set."""
     from peft import LoraConfig as PeftLoraConfig
 
     return PeftLoraConfig(

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sft_core.base_check.generation import saveable
+from sft_core.convert.skeleton import peft_config
 from sft_core.errors import ModelError, RecipeError
-from sft_core.recipe import LoraConfig, TrainConfig
+from sft_core.recipe import TrainConfig
 from sft_core.train.initial import initialise
 from sft_core.train.targets import ALL_LINEAR, adapted_modules, check_modules_to_save, fused_experts
 from sft_core.train.token_rows import token_indices, train_rows_alone
@@ -73,23 +73,6 @@ def keep_4bit_weights_unpacked(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def peft_config(lora: LoraConfig, modules: list[str], token_rows: dict[str, list[int]] | None) -> PeftLoraConfig:
-    """PEFT's form of the recipe's `train.lora`, for the modules and token rows of one model."""
-    return PeftLoraConfig(
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        target_modules=modules,
-        modules_to_save=list(lora.modules_to_save) or None,
-        trainable_token_indices=token_rows,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-        init_lora_weights="gaussian" if lora.init_lora_weights == "gaussian" else True,  # `initialise` does the rest
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-
-
 def load_trainable(
     path: str | Path, train: TrainConfig, trust_remote_code: bool, work: Path | None = None
 ) -> tuple[Any, list[str]]:
@@ -106,7 +89,9 @@ def load_trainable(
     check_modules_to_save(model, train.lora)
     token_rows = token_indices(model, Path(path), train.lora.trainable_tokens, trust_remote_code)
     try:
-        model = get_peft_model(model, peft_config(train.lora, adapted_modules(model, train.lora), token_rows))
+        settings = peft_config(train.lora, adapted_modules(model, train.lora), token_rows)
+        settings.init_lora_weights = "gaussian" if train.lora.init_lora_weights == "gaussian" else True
+        model = get_peft_model(model, settings)  # `initialise` does the rest
     except ValueError as error:
         raise RecipeError(f"train.lora.target_modules {train.lora.target_modules!r}: {error}") from None
     # A 16-bit sum swallows small updates. ZeRO-3 keeps float32 copies itself, and casts nothing that came in parts.

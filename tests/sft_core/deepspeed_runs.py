@@ -37,7 +37,7 @@ def train(out: Path, stage: int, dtype: str, lora: LoraConfig | None, more: dict
     from peft import get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from sft_core.train.model import peft_config
+    from sft_core.convert.skeleton import peft_config
     from sft_core.train.targets import adapted_modules
 
     vars(deepspeed.ops)["__compatible_ops__"] = {}  # nothing to compile on CPU

@@ -6,9 +6,9 @@ import pytest
 import torch
 import transformers
 
+from sft_core.convert.skeleton import peft_config
 from sft_core.errors import RecipeError
 from sft_core.recipe import LoraConfig
-from sft_core.train.model import peft_config
 from sft_core.train.targets import adapted_modules, check_modules_to_save, fused_experts
 
 SMALL = {
