@@ -5,6 +5,7 @@ SftError
  +-- SourceError      a data source is missing or unreadable
  +-- DataError        rows, turns or labels are not fit to train on
  |    +-- RowError    one row cannot be read; carries the reason that the quarantine counts
+ +-- PlanError        something is no longer as it was planned
  +-- StoreError       an artifact is missing, torn or altered
  +-- TrainError       the training process failed
  +-- ModelError       a checkpoint, adapter or model folder is wrong
@@ -37,6 +38,10 @@ class RowError(DataError):
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
+
+
+class PlanError(SftError):
+    """What a step would read, or the code that runs it, is not what was planned."""
 
 
 class StoreError(SftError):

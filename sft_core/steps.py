@@ -12,17 +12,18 @@ from pathlib import Path
 
 from sft_core import stop
 from sft_core.artifacts import KIND_OF_STEP, Artifact, Manifest, Outcome, check_ledger
+from sft_core.as_planned import refuse_changes
 from sft_core.base_model import local_base_model
 from sft_core.convert import ConvertOptions, convert_checkpoint
-from sft_core.errors import SourceError
 from sft_core.evaluate import EvaluatedModel, evaluate_model
-from sft_core.fetch import describe_source, fetch_dataset
+from sft_core.fetch import fetch_dataset
 from sft_core.lease import Lease
 from sft_core.merge import MergeOptions, merge_adapter
 from sft_core.normalize import NormalizeSource, normalize_dataset
 from sft_core.outlook import warnings_before_training
 from sft_core.pack import TokenizerSource, pack_dataset
 from sft_core.plan import Plan, PlannedStep, library_versions
+from sft_core.plan_parts import Readings
 from sft_core.recipe import Recipe
 from sft_core.shards import Earlier, Mapper, NothingEarlier, Sharding, read_shard_list
 from sft_core.store import Store, list_files
@@ -58,6 +59,8 @@ class Retraining:
     mapper: Mapper = map
     earlier: Earlier = NothingEarlier()
     """What this recipe last built for the step at hand."""
+    found: Readings | None = None
+    """What the step at hand reads, as it was found to be as planned."""
     lease: Lease | None = None
     """Held while training."""
     launch: Launch = ONE_MACHINE
@@ -109,8 +112,12 @@ def _build(run: Retraining, planned: PlannedStep) -> Manifest:
     if planned.step in SHARDED:
         run = replace(run, earlier=run.store.earlier(run.hint(planned.key)))
     started, clock = datetime.now(UTC).isoformat(), time.monotonic()
+    found = Readings(run.recipe, run.plan)
+    refuse_changes(run.recipe, run.plan, planned.key, found)
     with run.store.staging(planned.step) as out:
-        outcome = BUILDERS[planned.step](run, planned, out)
+        outcome = BUILDERS[planned.step](replace(run, found=found), planned, out)
+        if planned.step != "fetch":  # which checks what it reads while it does
+            refuse_changes(run.recipe, run.plan, planned.key)
         check_ledger(planned.step, outcome.ledger)
         if planned.step in SHARDED:
             _say_shards(run, planned, out)
@@ -142,11 +149,9 @@ def _say_shards(run: Retraining, planned: PlannedStep, out: Path) -> None:
 
 
 def _fetch(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
-    dataset = (*run.recipe.datasets, *run.recipe.eval_datasets)[int(planned.key.partition("/")[2])]
-    description = describe_source(dataset)
-    if description.parts != planned.parts["source"]:
-        raise SourceError(f"{dataset.path}: changed since this run was planned; start it again")
-    return fetch_dataset(dataset, out, description, run.sharding)
+    index = int(planned.key.partition("/")[2])
+    dataset = (*run.recipe.datasets, *run.recipe.eval_datasets)[index]
+    return fetch_dataset(dataset, out, run.found.source(index) if run.found else None, run.sharding)
 
 
 def _normalize(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
