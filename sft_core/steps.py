@@ -15,6 +15,7 @@ from sft_core.artifacts import KIND_OF_STEP, Artifact, Manifest, Outcome, check_
 from sft_core.as_planned import refuse_changes
 from sft_core.base_model import local_base_model
 from sft_core.convert import ConvertOptions, convert_checkpoint
+from sft_core.errors import PlanError
 from sft_core.evaluate import EvaluatedModel, evaluate_model
 from sft_core.fetch import fetch_dataset
 from sft_core.lease import Lease
@@ -116,8 +117,7 @@ def _build(run: Retraining, planned: PlannedStep) -> Manifest:
     refuse_changes(run.recipe, run.plan, planned.key, found)
     with run.store.staging(planned.step) as out:
         outcome = BUILDERS[planned.step](replace(run, found=found), planned, out)
-        if planned.step != "fetch":  # which checks what it reads while it does
-            refuse_changes(run.recipe, run.plan, planned.key)
+        _check_again(run, planned)
         check_ledger(planned.step, outcome.ledger)
         if planned.step in SHARDED:
             _say_shards(run, planned, out)
@@ -140,6 +140,18 @@ def _build(run: Retraining, planned: PlannedStep) -> Manifest:
     if planned.step in SHARDED:
         run.store.remember(run.hint(planned.key), planned.step, planned.fingerprint)
     return manifest
+
+
+def _check_again(run: Retraining, planned: PlannedStep) -> None:
+    """Whether what was read while the step worked is as planned still; fetch checks that as it reads."""
+    if planned.step == "fetch":
+        return
+    try:
+        refuse_changes(run.recipe, run.plan, planned.key)
+    except PlanError:
+        if run.lease is not None:  # the next training must not go on from what another base was trained to
+            run.store.drop_work(planned.step, planned.fingerprint)
+        raise
 
 
 def _say_shards(run: Retraining, planned: PlannedStep, out: Path) -> None:

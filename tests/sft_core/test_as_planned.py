@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from sft_core import steps
+from sft_core.artifacts import Outcome
 from sft_core.as_planned import refuse_changes
-from sft_core.errors import PlanError
+from sft_core.errors import PlanError, RecipeError
 from sft_core.fingerprint import hash_file_once
 from sft_core.plan import Plan, plan_champion, plan_recipe
 from sft_core.recipe import Recipe, resolve
@@ -167,6 +168,17 @@ def test_a_worker_with_another_checkout_is_refused_with_both_versions(
         run_step(run, key)
 
 
+def test_a_module_that_was_edited_after_this_process_imported_it_is_refused(project: Path) -> None:
+    """The plan reads the new source; the process has the old one in memory."""
+    (project / "own_maps_of_this_test.py").write_text(READER.replace("beside.ANSWER", "'old'"))
+    mine = recipe(datasets=[{"path": "rows.jsonl", "map_fn": "own_maps_of_this_test:read"}])
+    for key in ("fetch/0", "normalize"):
+        run_step(run_of(mine), key)
+    (project / "own_maps_of_this_test.py").write_text(READER.replace("beside.ANSWER", "'new'"))
+    with pytest.raises(RecipeError, match="own_maps_of_this_test:read': edited since this process imported it"):
+        run_step(run_of(mine), "normalize")
+
+
 def test_other_tokenizers_than_planned_are_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_of(recipe())
     monkeypatch.setattr("sft_core.plan_parts.version", lambda _: "0.1")
@@ -248,3 +260,22 @@ def test_a_settled_file_is_read_once_and_again_when_it_changed(project: Path, mo
     path.write_bytes(b"abd")
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # same size, same time of the content
     assert hash_file_once(path) == "read again"
+
+
+def test_state_of_a_training_whose_base_changed_meanwhile_is_not_resumed(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(recipe())
+    checkpoint = run.store.work_in_progress("train", run.plan["train"].fingerprint) / "checkpoint-1" / "adapter"
+
+    def train(*_: Any) -> Outcome:
+        checkpoint.parent.mkdir(parents=True)
+        checkpoint.write_text("trained on a base that nobody planned")
+        flip_a_weight(project)
+        return Outcome()
+
+    monkeypatch.setitem(steps.BUILDERS, "train", train)
+    with pytest.raises(PlanError, match="base_model"):
+        run_step(run, "train")
+    assert not checkpoint.exists()
+    assert run.store.manifests("train") == []
