@@ -5,7 +5,8 @@ and the command line both come through here.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +16,8 @@ from sft_core.artifacts import KIND_OF_STEP, Artifact, Manifest, Outcome, check_
 from sft_core.as_planned import refuse_changes
 from sft_core.base_model import local_base_model
 from sft_core.convert import ConvertOptions, convert_checkpoint
-from sft_core.errors import PlanError
+from sft_core.disk_faults import disk_fault, naming_disk_faults
+from sft_core.errors import PlanError, StoreError
 from sft_core.evaluate import EvaluatedModel, evaluate_model
 from sft_core.fetch import fetch_dataset
 from sft_core.lease import Lease
@@ -92,12 +94,18 @@ class Retraining:
 
 def run_step(run: Retraining, key: str) -> Built:
     """Reuse or build the artifact of `key`. What it reads must be in the store."""
+    with naming_disk_faults(key):
+        return _run_step(run, key)
+
+
+def _run_step(run: Retraining, key: str) -> Built:
     stop.check()
     planned = run.plan[key]
     artifact = run.store.artifact(planned.step, planned.fingerprint)
     manifest = run.store.find(planned.step, planned.fingerprint)
     if manifest is not None:
-        run.store.mark_used(planned.step, planned.fingerprint)
+        with _hints(run, "sft store gc will count its days from an earlier use"):
+            run.store.mark_used(planned.step, planned.fingerprint)
         return Built(artifact, manifest, reused=True)
     if planned.step != "train":
         return Built(artifact, _build(run, planned), reused=False)
@@ -138,8 +146,19 @@ def _build(run: Retraining, planned: PlannedStep) -> Manifest:
         )
         manifest = run.store.publish(out, manifest)
     if planned.step in SHARDED:
-        run.store.remember(run.hint(planned.key), planned.step, planned.fingerprint)
+        with _hints(run, "the next run will make its shards anew"):
+            run.store.remember(run.hint(planned.key), planned.step, planned.fingerprint)
     return manifest
+
+
+@contextmanager
+def _hints(run: Retraining, without: str) -> Iterator[None]:
+    """What is noted inside helps a later run and is no part of an artifact: where it cannot be written, say what is
+    `without` it."""
+    try:
+        yield
+    except (OSError, StoreError) as error:
+        run.on_line(f"note: {disk_fault(error) or error}: {without}")
 
 
 def _check_again(run: Retraining, planned: PlannedStep) -> None:

@@ -27,7 +27,8 @@ def load_map_fn(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
     A user's file is run afresh each time, and so are the modules beside it that it imports at its top: what runs is
     what `map_fn_source` reads. `package.module` is looked for on `sys.path`, then in the current directory, and stays
-    as it is until the process ends: RecipeError where its source was edited meanwhile. It may be in a package that has the name of one of ours (`own_packages`).
+    as it is until the process ends: RecipeError where its source was edited meanwhile. It may be in a package that has
+    the name of one of ours (`own_packages`).
     """
     shipped = shipped_name(name)
     if shipped:
