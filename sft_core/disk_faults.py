@@ -28,30 +28,38 @@ TOLD = re.compile(r"(?:os error |errno )(\d+)", re.IGNORECASE)
 """How libraries in Rust and C++ pass the number on."""
 
 
-def disk_fault(error: BaseException | None) -> str | None:
-    """`/x/y: No space left on device; free ...`, for the first such fault among an error and its causes."""
+def disk_fault(error: BaseException | None, place: str = "") -> str | None:
+    """`/x/y: No space left on device; free ...`, for the first such fault among an error and its causes. `place`: where
+    it happened, if the error does not say."""
     while error is not None:
         number = _number(error)
         if number in ADVICE:
-            place = getattr(error, "filename", None)
-            where = f"{os.fsdecode(place)[:200]}: " if isinstance(place, str | bytes) else ""
-            return f"{where}{os.strerror(number)}; {ADVICE[number]}"
+            where = _where(error) or place
+            return f"{where}{': ' if where else ''}{os.strerror(number)}; {ADVICE[number]}"
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
 
 
 @contextmanager
-def naming_disk_faults(what: str) -> Iterator[None]:
-    """DiskError that names `what` in place of any such fault inside."""
+def naming_disk_faults(what: str, place: str = "") -> Iterator[None]:
+    """DiskError that names `what` in place of any such fault inside. `place` as of `disk_fault`."""
     try:
         yield
     except SftError:
         raise
     except Exception as error:
-        words = disk_fault(error)
+        words = disk_fault(error, place)
         if words is None:
             raise
         raise DiskError(f"{what}: {words}") from error
+
+
+def _where(error: BaseException) -> str:
+    """The file that an error names: of a copy the one that was written."""
+    for name in (getattr(error, "filename2", None), getattr(error, "filename", None)):
+        if isinstance(name, str | bytes):
+            return os.fsdecode(name)[:200]
+    return ""
 
 
 def _number(error: BaseException) -> int | None:

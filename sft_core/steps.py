@@ -94,7 +94,7 @@ class Retraining:
 
 def run_step(run: Retraining, key: str) -> Built:
     """Reuse or build the artifact of `key`. What it reads must be in the store."""
-    with naming_disk_faults(key):
+    with naming_disk_faults(key, f"in {run.store.url} or TMPDIR"):
         return _run_step(run, key)
 
 
@@ -158,7 +158,8 @@ def _hints(run: Retraining, without: str) -> Iterator[None]:
     try:
         yield
     except (OSError, StoreError) as error:
-        run.on_line(f"note: {disk_fault(error) or error}: {without}")
+        what = (disk_fault(error) or str(error)).partition(";")[0]
+        run.on_line(f"note: {what}: {without}")
 
 
 def _check_again(run: Retraining, planned: PlannedStep) -> None:
