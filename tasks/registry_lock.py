@@ -10,9 +10,10 @@ MLflow deletes: `mlflow gc` clears it away). Nothing in the registry is called l
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar, cast
 
 from mlflow.entities import ViewType
@@ -26,6 +27,7 @@ from tasks.tracking import client
 
 WAIT_SECONDS = 600.0
 """Nothing that is done under the lock takes more than seconds: no file is copied, no model judged."""
+UPLOAD = "upload "
 LOCK, HOLDER = "sft.lock", "sft.lock_holder"
 """Tags of an experiment that is a lock: the registered model's name; who holds it, as JSON."""
 Value = TypeVar("Value")
@@ -34,19 +36,29 @@ Value = TypeVar("Value")
 @contextmanager
 def registry_lock(model_name: str) -> Iterator[Lease]:
     """Held inside the block. RegistryError if others hold it for WAIT_SECONDS, or if it was lost meanwhile."""
-    deadline = time.monotonic() + WAIT_SECONDS
-    what = f"the registry's lock of {model_name}"
+    with _lock(model_name, f"the registry's lock of {model_name}", WAIT_SECONDS) as lease:
+        yield lease
+        require_held(lease, model_name)
+
+
+def upload_lock(merged_fingerprint: str, wait_seconds: float = math.inf) -> AbstractContextManager[Lease]:
+    """Held while a merged model is copied into MLflow. RegistryError if others hold it for `wait_seconds`."""
+    return _lock(f"{UPLOAD}{merged_fingerprint}", f"the upload of merge {merged_fingerprint[:12]}", wait_seconds)
+
+
+@contextmanager
+def _lock(name: str, what: str, wait_seconds: float) -> Iterator[Lease]:
+    deadline = time.monotonic() + wait_seconds
 
     def waiting(line: str) -> None:
         if time.monotonic() > deadline:
             raise RegistryError(
-                f"{what}: held by others for {WAIT_SECONDS:g} s; delete the experiment {_name(model_name)}..., if none"
+                f"{what}: held by others for {wait_seconds:g} s; delete the experiment {_name(name)}..., if none"
             )
         logging.getLogger(__name__).info(line)
 
-    with hold(cast(StoreFiles, LockFiles(model_name)), model_name, what, waiting) as lease:
+    with hold(cast(StoreFiles, LockFiles(name)), name, what, waiting) as lease:
         yield lease
-        require_held(lease, model_name)
 
 
 def require_held(lease: Lease, model_name: str) -> None:
