@@ -16,6 +16,7 @@ from sft_core.pack.renders import Renders
 from tests.cli.test_commands import folder, sft
 
 __all__ = ["folder"]
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 SECONDS = 800
 EACH_STEP = """

@@ -16,6 +16,7 @@ from tasks.registry_lock import upload_lock
 from tests.tasks.models_project import ROOT, empty_registry, environment
 
 __all__ = ["empty_registry"]
+pytestmark = pytest.mark.slow
 SECONDS = 300
 FINGERPRINT = "f" * 64
 KILLED = """
