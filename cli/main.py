@@ -9,6 +9,7 @@ from cli import convert, data, models, recipes, run, stopped, store, up
 from cli.chat import chat
 from cli.deploy import deploy
 from cli.environment import DEBUG, debugging, quiet_libraries, set_defaults
+from sft_core.disk_faults import disk_fault
 from sft_core.errors import SftError
 
 app = typer.Typer(
@@ -46,10 +47,11 @@ def main() -> None:
     try:
         with stopped.telling(str):
             app()
-    except SftError as error:
-        if debugging():
+    except Exception as error:
+        words = str(error) if isinstance(error, SftError) else disk_fault(error)
+        if debugging() or words is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {words}", file=sys.stderr)
         sys.exit(1)
 
 

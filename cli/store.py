@@ -85,6 +85,22 @@ def gc(
             "MLFLOW_TRACKING_URI to the right one, or say --without-registry"
         )
     _remove(store, going, delete)
+    _remove_half_uploads(delete)
+
+
+def _remove_half_uploads(delete: bool) -> None:
+    """Copies in the registry that a killed process left half there; they were of no use to anybody."""
+    from datetime import timedelta
+
+    from sft_core.store_gc import LEFTOVER_DAYS
+    from tasks.model_files import discard_half_upload, half_uploads
+
+    for model in list(half_uploads(datetime.now(UTC) - timedelta(days=LEFTOVER_DAYS))):
+        what = f"half a copy in the registry, models:/{model.model_id} in {model.artifact_location}"
+        if not delete:
+            print(f"{what}: can go; --delete removes it")
+        else:
+            print(f"{what}: {'removed' if discard_half_upload(model) else 'is being uploaded, and stays'}")
 
 
 def _remove(store: str, going: "list[Entry]", delete: bool) -> None:

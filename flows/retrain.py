@@ -35,6 +35,7 @@ from sft_core.recipe.overrides import (
     collect_overrides,
 )
 from sft_core.recipe.show import as_markdown
+from tasks.comparable import require_comparable_champion
 from tasks.run_step import call
 from tasks.schedule import reason_to_skip
 from tasks.shown import artifact_key, show_retraining
@@ -92,6 +93,7 @@ def retrain(  # noqa: PLR0913 - one parameter a section, as the form shows them
     try:
         with ends_when_unwanted():
             provide_base_model(resolved.base_model.path)
+            require_comparable_champion(resolved.model_name)
             return _parts(resolved, plan_recipe(resolved))
     except PartCancelled as cancelled:
         return Cancelled(message=str(cancelled))

@@ -1,13 +1,13 @@
 """The base model: where its files are and what identifies them (DESIGN 3: a commit, or the hash of its files)."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from sft_core.artifacts import MANIFEST
 from sft_core.errors import ModelError
-from sft_core.fingerprint import hash_folder, hash_value
+from sft_core.fingerprint import hash_file_once, hash_folder, hash_value
 from sft_core.recipe import BaseModelConfig
 
 MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")
@@ -17,7 +17,10 @@ SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 """One of them is there, or transformers loads the `.bin` files."""
 COMMIT = re.compile("[0-9a-f]{40}")
 DEMO = ".demo/base"
-TOKENIZER_PREFIXES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")
+TOKENIZER_PREFIXES = (
+    *("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template"),
+    *("spiece", "sentencepiece", "tekken"),
+)
 SMALL_FILES = ("config.json", "generation_config.json", "*.py", *(f"{prefix}*" for prefix in TOKENIZER_PREFIXES))
 """All of a model but its weights, as patterns of names."""
 
@@ -37,23 +40,41 @@ def describe_base_model(config: BaseModelConfig) -> BaseModelDescription:
     if not folder.is_dir():
         commit = _hub_commit(config)
         return BaseModelDescription(fingerprint=commit, tokenizer_fingerprint=commit, commit=commit)
-    hashes = _model_files(hash_folder(folder))
+    hashes = _folder_hashes(folder)
     if "config.json" not in hashes:
         raise ModelError(f"base_model.path {folder.resolve()}: no config.json; it must be a Hugging Face model folder")
-    tokenizer = {name: value for name, value in hashes.items() if name.startswith(TOKENIZER_PREFIXES)}
+    tokenizer = {name: value for name, value in hashes.items() if _is_tokenizers(name, config)}
     return BaseModelDescription(
         fingerprint=hash_value(hashes), tokenizer_fingerprint=hash_value(tokenizer), commit=None
     )
 
 
+def describe_tokenizer(config: BaseModelConfig) -> str:
+    """The tokenizer's fingerprint alone, as `describe_base_model` gives it; no weight is read."""
+    folder = Path(config.path)
+    if not folder.is_dir():
+        return _hub_commit(config)
+    return hash_value(_folder_hashes(folder, lambda name: _is_tokenizers(name, config)))
+
+
+def _folder_hashes(folder: Path, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, str]:
+    """SHA-256 of the model's files by relative path; a file that stays as it is, is read once a process."""
+    return hash_folder(folder, lambda name: _is_models(name) and wanted(name), hash_file_once)
+
+
+def _is_tokenizers(name: str, config: BaseModelConfig) -> bool:
+    """Whether a file decides what a text is as tokens: with trust_remote_code, any code may."""
+    return name.startswith(TOKENIZER_PREFIXES) or (config.trust_remote_code and name.endswith(".py"))
+
+
 def base_fingerprint(hashes: Mapping[str, str]) -> str:
     """What a folder with these files (name, SHA-256) is called as a base model."""
-    return hash_value(_model_files(hashes))
+    return hash_value({name: value for name, value in hashes.items() if _is_models(name)})
 
 
-def _model_files(hashes: Mapping[str, str]) -> dict[str, str]:
+def _is_models(name: str) -> bool:
     """A merged artifact's manifest holds times and is no part of the model."""
-    return {name: value for name, value in hashes.items() if name.endswith(MODEL_SUFFIXES) and name != MANIFEST}
+    return name.endswith(MODEL_SUFFIXES) and name != MANIFEST
 
 
 def local_base_model(config: BaseModelConfig, commit: str | None) -> Path:

@@ -5,6 +5,8 @@ SftError
  +-- SourceError      a data source is missing or unreadable
  +-- DataError        rows, turns or labels are not fit to train on
  |    +-- RowError    one row cannot be read; carries the reason that the quarantine counts
+ +-- DiskError        a disk is full or read-only, a right is missing, a name is too long
+ +-- PlanError        something is no longer as it was planned
  +-- StoreError       an artifact is missing, torn or altered
  +-- TrainError       the training process failed
  +-- ModelError       a checkpoint, adapter or model folder is wrong
@@ -37,6 +39,14 @@ class RowError(DataError):
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
+
+
+class DiskError(SftError):
+    """A disk is full or read-only, a right is missing, a name is too long."""
+
+
+class PlanError(SftError):
+    """What a step would read, or the code that runs it, is not what was planned."""
 
 
 class StoreError(SftError):

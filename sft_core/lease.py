@@ -28,6 +28,8 @@ from sft_core.store_files import StoreFiles
 
 LEASE_SECONDS = 60.0
 """Silence after which a holder counts as dead. Renewed four times as often."""
+MOST_SECONDS = 3600.0
+"""A lease that asks for more is none of ours."""
 LOOK_SECONDS = 2.0
 SAY_SECONDS = 60.0
 NAME = re.compile(r"\d{8}\.json")
@@ -55,9 +57,25 @@ class Holder:
     def from_bytes(cls, text: bytes) -> Self | None:
         """Back from `as_bytes`; None for what is no lease."""
         try:
-            return cls(**json.loads(text))
-        except (ValueError, TypeError):
+            holder = cls(**json.loads(text))
+        except (ValueError, TypeError, RecursionError):
             return None
+        return holder if holder._is_whole else None
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether each value is of its type, the time one, and the silence no longer than MOST_SECONDS."""
+        texts = (self.host, self.machine, self.born, self.token, self.renewed)
+        numbers = (self.pid, self.beat, self.seconds)
+        if not all(isinstance(text, str) for text in texts) or not all(isinstance(n, int | float) for n in numbers):
+            return False
+        try:
+            told = datetime.fromisoformat(self.renewed).tzinfo is not None
+        except ValueError:
+            return False
+        return (
+            told and isinstance(self.pid, int) and isinstance(self.released, bool) and 0 < self.seconds <= MOST_SECONDS
+        )
 
     @property
     def gone(self) -> bool:

@@ -23,7 +23,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from sft_core.artifacts import StoredFile
+from sft_core.artifacts import StoredFile, is_inside
 from sft_core.fingerprint import hash_file
 
 SHARDS = "shards.json"
@@ -215,8 +215,12 @@ def read_shard_list(folder: Path) -> list[Shard]:
 
 
 def parse_shard_list(text: str) -> list[Shard]:
-    """What `shards.json` says."""
-    return [
+    """What `shards.json` says. ValueError for a file outside of the folder."""
+    shards = [
         Shard(**{**entry, "files": {name: StoredFile(**file) for name, file in entry["files"].items()}})
         for entry in json.loads(text)
     ]
+    for shard in shards:
+        if not all(is_inside(str(shard.path(Path(), name))) for name in shard.files):
+            raise ValueError(f"{SHARDS}: {shard.name} names a file outside of its folder")
+    return shards

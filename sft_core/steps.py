@@ -5,24 +5,28 @@ and the command line both come through here.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from sft_core import stop
 from sft_core.artifacts import KIND_OF_STEP, Artifact, Manifest, Outcome, check_ledger
+from sft_core.as_planned import refuse_changes
 from sft_core.base_model import local_base_model
 from sft_core.convert import ConvertOptions, convert_checkpoint
-from sft_core.errors import SourceError
+from sft_core.disk_faults import disk_fault, naming_disk_faults
+from sft_core.errors import PlanError, StoreError
 from sft_core.evaluate import EvaluatedModel, evaluate_model
-from sft_core.fetch import describe_source, fetch_dataset
+from sft_core.fetch import fetch_dataset
 from sft_core.lease import Lease
 from sft_core.merge import MergeOptions, merge_adapter
 from sft_core.normalize import NormalizeSource, normalize_dataset
 from sft_core.outlook import warnings_before_training
 from sft_core.pack import TokenizerSource, pack_dataset
 from sft_core.plan import Plan, PlannedStep, library_versions
+from sft_core.plan_parts import Readings
 from sft_core.recipe import Recipe
 from sft_core.shards import Earlier, Mapper, NothingEarlier, Sharding, read_shard_list
 from sft_core.store import Store, list_files
@@ -58,6 +62,8 @@ class Retraining:
     mapper: Mapper = map
     earlier: Earlier = NothingEarlier()
     """What this recipe last built for the step at hand."""
+    found: Readings | None = None
+    """What the step at hand reads, as it was found to be as planned."""
     lease: Lease | None = None
     """Held while training."""
     launch: Launch = ONE_MACHINE
@@ -88,12 +94,18 @@ class Retraining:
 
 def run_step(run: Retraining, key: str) -> Built:
     """Reuse or build the artifact of `key`. What it reads must be in the store."""
+    with naming_disk_faults(key, f"in {run.store.url} or TMPDIR"):
+        return _run_step(run, key)
+
+
+def _run_step(run: Retraining, key: str) -> Built:
     stop.check()
     planned = run.plan[key]
     artifact = run.store.artifact(planned.step, planned.fingerprint)
     manifest = run.store.find(planned.step, planned.fingerprint)
     if manifest is not None:
-        run.store.mark_used(planned.step, planned.fingerprint)
+        with _hints(run, "sft store gc will count its days from an earlier use"):
+            run.store.mark_used(planned.step, planned.fingerprint)
         return Built(artifact, manifest, reused=True)
     if planned.step != "train":
         return Built(artifact, _build(run, planned), reused=False)
@@ -109,8 +121,11 @@ def _build(run: Retraining, planned: PlannedStep) -> Manifest:
     if planned.step in SHARDED:
         run = replace(run, earlier=run.store.earlier(run.hint(planned.key)))
     started, clock = datetime.now(UTC).isoformat(), time.monotonic()
+    found = Readings(run.recipe, run.plan)
+    refuse_changes(run.recipe, run.plan, planned.key, found)
     with run.store.staging(planned.step) as out:
-        outcome = BUILDERS[planned.step](run, planned, out)
+        outcome = BUILDERS[planned.step](replace(run, found=found), planned, out)
+        _check_again(run, planned)
         check_ledger(planned.step, outcome.ledger)
         if planned.step in SHARDED:
             _say_shards(run, planned, out)
@@ -131,8 +146,32 @@ def _build(run: Retraining, planned: PlannedStep) -> Manifest:
         )
         manifest = run.store.publish(out, manifest)
     if planned.step in SHARDED:
-        run.store.remember(run.hint(planned.key), planned.step, planned.fingerprint)
+        with _hints(run, "the next run will make its shards anew"):
+            run.store.remember(run.hint(planned.key), planned.step, planned.fingerprint)
     return manifest
+
+
+@contextmanager
+def _hints(run: Retraining, without: str) -> Iterator[None]:
+    """What is noted inside helps a later run and is no part of an artifact: where it cannot be written, say what is
+    `without` it."""
+    try:
+        yield
+    except (OSError, StoreError) as error:
+        what = (disk_fault(error) or str(error)).partition(";")[0]
+        run.on_line(f"note: {what}: {without}")
+
+
+def _check_again(run: Retraining, planned: PlannedStep) -> None:
+    """Whether what was read while the step worked is as planned still; fetch checks that as it reads."""
+    if planned.step == "fetch":
+        return
+    try:
+        refuse_changes(run.recipe, run.plan, planned.key)
+    except PlanError:
+        if run.lease is not None:  # the next training must not go on from what another base was trained to
+            run.store.drop_work(planned.step, planned.fingerprint)
+        raise
 
 
 def _say_shards(run: Retraining, planned: PlannedStep, out: Path) -> None:
@@ -142,11 +181,9 @@ def _say_shards(run: Retraining, planned: PlannedStep, out: Path) -> None:
 
 
 def _fetch(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
-    dataset = (*run.recipe.datasets, *run.recipe.eval_datasets)[int(planned.key.partition("/")[2])]
-    description = describe_source(dataset)
-    if description.parts != planned.parts["source"]:
-        raise SourceError(f"{dataset.path}: changed since this run was planned; start it again")
-    return fetch_dataset(dataset, out, description, run.sharding)
+    index = int(planned.key.partition("/")[2])
+    dataset = (*run.recipe.datasets, *run.recipe.eval_datasets)[index]
+    return fetch_dataset(dataset, out, run.found.source(index) if run.found else None, run.sharding)
 
 
 def _normalize(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:

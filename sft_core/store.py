@@ -15,9 +15,9 @@ from pathlib import Path
 from sft_core.artifacts import KIND_OF_STEP, MANIFEST, Artifact, Manifest
 from sft_core.errors import StoreError
 from sft_core.lease import Lease, hold
-from sft_core.shards import Earlier, EarlierFolder, EarlierRemote, NothingEarlier
+from sft_core.shards import SHARDS, Earlier, EarlierFolder, EarlierRemote, NothingEarlier
 from sft_core.store_cache import StoreCache, list_files, verify_files
-from sft_core.store_files import StoreFiles
+from sft_core.store_files import StoreFiles, sync
 
 __all__ = ["Store", "list_files", "verify_files"]
 
@@ -55,17 +55,15 @@ class Store:
         return Artifact(kind=KIND_OF_STEP[step], uri=f"{self.url}/{step}/{fingerprint}", fingerprint=fingerprint)
 
     def read_manifest(self, step: str, fingerprint: str) -> Manifest | None:
-        """The manifest, or None where there is no complete artifact."""
+        """The manifest, or None where there is no complete artifact: none, a torn one, or one that is not of this
+        address."""
         path = f"{self.address(step, fingerprint)}/{MANIFEST}"
         try:
-            text = self.files.cat_file(path)
-        except FileNotFoundError:
+            manifest = Manifest.from_dict(json.loads(self.files.cat_file(path)))
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
             return None
-        try:
-            return Manifest.from_dict(json.loads(text))
-        except (ValueError, KeyError, TypeError) as error:
-            shown = self.files.show(path)
-            raise StoreError(f"{shown}: not a manifest ({error}); delete that folder and run again") from None
+        named = (manifest.step, manifest.fingerprint, manifest.kind)
+        return manifest if named == (step, fingerprint, KIND_OF_STEP.get(step)) else None
 
     def find(self, step: str, fingerprint: str) -> Manifest | None:
         """The manifest if the artifact is complete: every file there, of its size. A torn one counts as absent."""
@@ -109,15 +107,18 @@ class Store:
         """Shards of what `name` was last built as, where that is complete."""
         try:
             hint = self.files.cat_file(f"{self.files.root}/{LATEST}/{name}").decode()
-        except FileNotFoundError:
+        except (FileNotFoundError, UnicodeDecodeError):
             return NothingEarlier()
         step, _, fingerprint = hint.strip().partition("/")
-        if self.find(step, fingerprint) is None:
+        manifest = self.find(step, fingerprint)
+        if manifest is None or SHARDS not in manifest.files:
             return NothingEarlier()
         address = self.address(step, fingerprint)
         try:
+            if self.files.sha256(f"{address}/{SHARDS}") != manifest.files[SHARDS].sha256:
+                return NothingEarlier()
             return EarlierFolder(Path(address)) if self.is_local else EarlierRemote(self.files, address)
-        except (OSError, ValueError, TypeError, KeyError):  # no list of shards, or not one of this version
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):  # not a list of shards of this version
             return NothingEarlier()
 
     @contextmanager
@@ -157,10 +158,8 @@ class Store:
     def publish(self, folder: Path, manifest: Manifest) -> Manifest:
         """Put `folder`'s files under their address and the manifest last; return the manifest that won."""
         address = self.address(manifest.step, manifest.fingerprint)
-        if self.is_local:
-            if not Path(address).exists():
-                return self._publish_whole(folder, Path(address), manifest)
-            return self._publish_files(folder, manifest)
+        if self.is_local and _renamed(folder, Path(address), manifest):
+            return manifest
         what = f"publishing {manifest.step} {manifest.fingerprint[:12]} in {self.url}"
         with hold(self.files, f"{address}/{PUBLISHING}", what):  # two would write over each other's files
             winner = self._publish_files(folder, manifest)
@@ -168,31 +167,18 @@ class Store:
         return winner
 
     def _publish_files(self, folder: Path, manifest: Manifest) -> Manifest:
+        """File by file, where the address is taken (by the state of a training, or by a torn artifact)."""
         address = self.address(manifest.step, manifest.fingerprint)
-        torn = self.read_manifest(manifest.step, manifest.fingerprint)
-        if torn is not None:
-            if self.find(manifest.step, manifest.fingerprint) is not None:
-                return torn
-            self.files.remove(f"{address}/{MANIFEST}")
+        winner = self.find(manifest.step, manifest.fingerprint)
+        if winner is not None:
+            return winner
+        self.files.remove(f"{address}/{MANIFEST}")  # torn, or it names files that are not there
         for name in manifest.files:
             self.files.put_file(folder / name, f"{address}/{name}")
         if self.files.create(f"{address}/{MANIFEST}", _manifest_text(manifest).encode()):
             return manifest
         winner = self.read_manifest(manifest.step, manifest.fingerprint)
         assert winner is not None, "another writer's manifest was there"
-        return winner
-
-    def _publish_whole(self, folder: Path, address: Path, manifest: Manifest) -> Manifest:
-        """The usual case on a disk: one rename makes everything visible at once."""
-        (folder / MANIFEST).write_text(_manifest_text(manifest), "utf-8")
-        address.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            folder.rename(address)
-        except OSError:
-            if self.find(manifest.step, manifest.fingerprint) is None:
-                raise
-        winner = self.read_manifest(manifest.step, manifest.fingerprint)
-        assert winner is not None, "a manifest was just moved here"
         return winner
 
     def local(self, artifact: Artifact) -> Path:
@@ -210,6 +196,23 @@ class Store:
             verify_files(folder, manifest)
             self._verified.add(artifact.fingerprint)
         return folder
+
+
+def _renamed(folder: Path, address: Path, manifest: Manifest) -> bool:
+    """The usual case on a disk: one rename makes everything visible at once, when all of it is on the disk. False where
+    something lies there already."""
+    (folder / MANIFEST).write_text(_manifest_text(manifest), "utf-8")
+    for name in (*manifest.files, MANIFEST):
+        sync(folder / name)
+    address.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.rename(address)
+    except OSError:
+        if not address.exists():
+            raise
+        return False
+    sync(address.parent)
+    return True
 
 
 def _manifest_text(manifest: Manifest) -> str:

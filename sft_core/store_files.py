@@ -7,6 +7,7 @@ seen at once. Files are sent and fetched in parts, never whole in memory.
 
 import errno
 import hashlib
+import os
 import shutil
 import time
 import uuid
@@ -74,6 +75,7 @@ class StoreFiles:
         """Send a file of any size; on a disk it is moved."""
         if self.is_local:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
+            sync(source)
             source.replace(path)
         else:
             self._call(path, lambda: self.fs.put_file(str(source), path, **self._chunked))
@@ -184,7 +186,12 @@ class StoreFiles:
     def _part(self, path: str, data: bytes) -> Path:
         part = Path(f"{path}.{uuid.uuid4().hex}")
         part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
+        try:
+            part.write_bytes(data)
+            sync(part)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
         return part
 
     def _sha256(self, path: str) -> str:
@@ -216,6 +223,15 @@ class StoreFiles:
             else:
                 self._answered = True
                 return value
+
+
+def sync(path: Path) -> None:
+    """Let a file, or a folder's list of names, reach the disk: a rename must not outlive what it names (fsync(2))."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _modified(entry: dict[str, Any]) -> datetime:

@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from sft_core.artifacts import KIND_OF_STEP, MANIFEST, Manifest
-from sft_core.errors import StoreError
 from sft_core.lease import live_holder
 from sft_core.store import PUBLISHING, STAGING, TRAINING, USED, WORK_IN_PROGRESS, Store
 from sft_core.store_files import Found
@@ -89,7 +88,7 @@ def _entries(store: Store, step: str, fingerprint: str, files: dict[str, Found],
     of_work = {name: file for name, file in files.items() if name.startswith(f"{WORK_IN_PROGRESS}/")}
     own = {name: file for name, file in files.items() if name not in of_work}
     if own:
-        manifest = _manifest(store, step, fingerprint) if MANIFEST in own else None
+        manifest = store.read_manifest(step, fingerprint) if MANIFEST in own else None
         times = [own[name].modified for name in TOUCHED if name in own] if manifest else []
         yield Entry(
             kind=ARTIFACT if manifest is not None else TORN,
@@ -123,13 +122,6 @@ def _holder(store: Store, lease: str, files: dict[str, Found], now: datetime) ->
         return ""
     holder = live_holder(store.files, lease, now)
     return str(holder) if holder is not None else ""
-
-
-def _manifest(store: Store, step: str, fingerprint: str) -> Manifest | None:
-    try:
-        return store.read_manifest(step, fingerprint)
-    except StoreError:  # not a manifest: the artifact counts as torn
-        return None
 
 
 def _staging(store: Store) -> Iterator[Entry]:

@@ -37,7 +37,14 @@ def read_recorded(model_name: str, version: RegisteredVersion) -> Recorded:
         for file in client().list_artifacts(part.info.run_id, MANIFESTS):
             key = file.path.removeprefix(f"{MANIFESTS}/").removesuffix(".json")
             step, dash, rest = key.partition("-")
-            manifests[f"{step}/{rest}" if dash else step] = Manifest.from_dict(_load(part.info.run_id, file.path))
+            try:
+                manifest = Manifest.from_dict(_load(part.info.run_id, file.path))
+            except ValueError as error:
+                raise RegistryError(
+                    f"{model_name} version {version.number}: {file.path} of its MLflow run {part.info.run_id} is no "
+                    f"manifest: {error}"
+                ) from None
+            manifests[f"{step}/{rest}" if dash else step] = manifest
     return Recorded(recipe, plan, manifests, parent.data.tags.get("sft.commit", ""))
 
 

@@ -4,11 +4,14 @@ In: a model folder. Out: a source to register: `models:/<id>` of a logged model,
 uploaded file by file, never loaded; the description (`MLmodel`) comes last, so one without weights is never found.
 """
 
+import logging
 import shutil
 import tempfile
 import uuid
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
@@ -16,13 +19,17 @@ from typing import Any
 import mlflow
 from huggingface_hub import ModelCard
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
-from mlflow.exceptions import MlflowException
 from mlflow.models import Model
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from sft_core.artifacts import Artifact
+from sft_core.errors import RegistryError
+from sft_core.lease import LEASE_SECONDS
 from sft_core.store import Store
 from tasks import served_chat
+from tasks.patience import first_line
 from tasks.registry import MERGED
+from tasks.registry_lock import upload_lock
 from tasks.tracking import client
 
 SERVING_REQUIREMENTS = ("torch", "transformers", "accelerate")
@@ -47,25 +54,65 @@ class ModelFolder:
 
 
 def log_folder(folder: ModelFolder, run_id: str) -> str:
-    """Source of the logged model that holds these files: found again in the run's experiment, else uploaded."""
+    """Source of the logged model that holds these files: found again in the run's experiment, else uploaded. What a
+    process that was killed left half there is deleted."""
     experiment_id = client().get_run(run_id).info.experiment_id
     query = f"tags.`{MERGED}` = '{folder.fingerprint}'"  # a status cannot be asked for: MLflow stores numbers
-    found = [
-        m
-        for m in client().search_logged_models([experiment_id], filter_string=query)
-        if m.status == LoggedModelStatus.READY
-    ]
-    if found:
-        return f"{COPY}{found[0].model_id}"
-    tags = {MERGED: folder.fingerprint}
-    created = client().create_logged_model(experiment_id, name=MODEL, source_run_id=run_id, tags=tags)
-    try:
-        _upload(folder, created, run_id)
-    except BaseException:  # also the signal of a cancellation: raised again below
-        with suppress(MlflowException):  # what is half there is no model: `mlflow gc` may have it
-            client().delete_logged_model(created.model_id)
-        raise
+    with upload_lock(folder.fingerprint):  # nobody else is at it: what is not ready is nobody's
+        for found in client().search_logged_models([experiment_id], filter_string=query):
+            if found.status == LoggedModelStatus.READY:
+                return f"{COPY}{found.model_id}"
+            discard(found)
+        tags = {MERGED: folder.fingerprint}
+        created = client().create_logged_model(experiment_id, name=MODEL, source_run_id=run_id, tags=tags)
+        try:
+            _upload(folder, created, run_id)
+        except BaseException:  # also the signal of a cancellation: raised again below
+            discard(created)
+            raise
     return f"{COPY}{created.model_id}"
+
+
+def discard(model: LoggedModel) -> None:
+    """Delete a logged model that no version holds: its files, then itself. What cannot be deleted now is found by
+    `half_uploads` again."""
+    try:
+        get_artifact_repository(model.artifact_location).delete_artifacts()
+        client().delete_logged_model(model.model_id)
+    except Exception as error:  # noqa: BLE001 - every place of artifacts has its own errors
+        logging.getLogger(__name__).warning("%s%s stays for now: %s", COPY, model.model_id, first_line(error))
+
+
+def half_uploads(before: datetime) -> Iterator[LoggedModel]:
+    """Copies of merged models, in any experiment, that were begun and not touched since `before`."""
+    for experiment in _pages(client().search_experiments):
+        for model in _pages(partial(client().search_logged_models, [experiment.experiment_id])):
+            touched = datetime.fromtimestamp(model.last_updated_timestamp / 1000, UTC)
+            if model.status != LoggedModelStatus.READY and MERGED in model.tags and touched < before:
+                yield model
+
+
+def discard_half_upload(model: LoggedModel) -> bool:
+    """Delete one of `half_uploads`; False if a process is at it."""
+    try:
+        with upload_lock(model.tags[MERGED], wait_seconds=2 * LEASE_SECONDS):
+            now = client().get_logged_model(model.model_id)
+            if now.status != LoggedModelStatus.READY:
+                discard(now)
+                return True
+    except RegistryError:
+        logging.getLogger(__name__).info("%s%s is being uploaded", COPY, model.model_id)
+    return False
+
+
+def _pages(ask: Callable[..., Any]) -> Iterator[Any]:
+    token = None
+    while True:
+        page = ask(page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def _upload(folder: ModelFolder, created: LoggedModel, run_id: str) -> None:
@@ -107,7 +154,7 @@ def refer_to(folder: ModelFolder, store: Store, artifact: Artifact) -> str:
 def discard_copy(model_name: str, number: str, source: str) -> None:
     """Delete a logged model that lost a race: the version holds another copy."""
     if source.startswith(COPY) and client().get_model_version(model_name, number).source != source:
-        client().delete_logged_model(source.removeprefix(COPY))
+        discard(client().get_logged_model(source.removeprefix(COPY)))
 
 
 def _describe(folder: ModelFolder, described: Any, scratch: Path) -> Path:

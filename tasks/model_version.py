@@ -65,12 +65,6 @@ def create(model_name: str, source: str, run_id: str, tags: dict[str, str]) -> s
     return number
 
 
-def discard_copy(model_name: str, number: str, model_id: str) -> None:
-    """Delete a logged model that lost a race: the version holds another copy."""
-    if client().get_model_version(model_name, number).source != f"models:/{model_id}":
-        client().delete_logged_model(model_id)
-
-
 def write_card(job: Job, run: Retraining, number: str, verdict: Verdict) -> None:
     """The version's description: what it is, and why it was or was not promoted."""
     card = model_card(job.recipe, job.plan, _manifests(job, run), verdict.words)

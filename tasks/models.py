@@ -27,7 +27,7 @@ from tasks.registry import (
     read_version,
     write_history,
 )
-from tasks.registry_lock import registry_lock
+from tasks.registry_lock import registry_lock, require_held
 from tasks.tracking import client
 
 
@@ -56,11 +56,12 @@ def promote(model_name: str, wanted: str, reason: str, *, override_gate: bool = 
     if not override_gate:
         _require_verdict(model_name, version, champion)
     _check(model_name, version)
-    with registry_lock(model_name):
+    with registry_lock(model_name) as lease:
         if by is not None:
             _require_waiting(model_name, version.number)
         _require_unmoved(model_name, champion)
         _refuse_barred(model_name, version)
+        require_held(lease, model_name)
         move_champion(model_name, version.number, champion, f"{'approved' if by else 'promoted'} by {words}")
         record_answer(model_name, version.number, "approved", f"by {words}")
     return Moved(model_name, champion.number if champion else None, version.number)
@@ -97,9 +98,10 @@ def rollback(model_name: str, reason: str, to: str | None = None) -> Moved:
         raise RegistryError(f"{model_name} version {version.number} is the champion: name another one with --to")
     _refuse_barred(model_name, version)
     _check(model_name, version)
-    with registry_lock(model_name):
+    with registry_lock(model_name) as lease:
         _require_unmoved(model_name, champion)
         stop.check()
+        require_held(lease, model_name)
         bar(model_name, champion, reason)
         words = f"rolled back from {champion.number} to {version.number} by {getpass.getuser()}: {reason}"
         client().set_registered_model_alias(model_name, "champion", version.number)

@@ -33,7 +33,7 @@ from tasks.registry import (
     model_folder,
     read_version,
 )
-from tasks.registry_lock import registry_lock
+from tasks.registry_lock import registry_lock, require_held
 from tasks.run_step import STEP, Job, perform
 from tasks.shown import REPORT_PAGE, show_report
 from tasks.tracking import client
@@ -83,13 +83,14 @@ def register(job: Job, champion: RegisteredVersion | None) -> dict[str, Any]:
         run = job.retraining(get_run_logger().info)
         judged = _judge(job, run, standing)
         source = source or merged_source(job, run)
-        with registry_lock(name):
+        with registry_lock(name) as lease:
             existing = find_version(name, merged)
             if existing is not None and existing.settled:  # a run of the same retraining was faster
                 discard_copy(name, existing.number, source)
                 return _summary(name, existing, new=False)
             now = _standing(name, merged)
             number = existing.number if existing is not None else None
+            require_held(lease, name)
             settled = None if standing.moved(now) else _settle(job, run, (source, judged.verdict), standing, number)
         if settled is not None:
             show_report(job, settled)

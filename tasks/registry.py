@@ -93,7 +93,8 @@ def read_version(model_name: str, wanted: str) -> RegisteredVersion:
         ) from None
     if MERGED not in entry.tags:
         raise RegistryError(
-            f"models:/{model_name}/{number} was not registered by sft-flows (no tag {MERGED}); use another name"
+            f"models:/{model_name}/{number} was not registered by sft-flows (no tag {MERGED}); use another name "
+            "(register.model_name)"
         )
     names = tuple(sorted(alias for alias, at in aliases.items() if at == str(number)))
     return RegisteredVersion(str(number), entry.tags[MERGED], names, dict(entry.tags))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_core.artifacts import Manifest
-from sft_core.errors import SourceError
+from sft_core.errors import PlanError, SourceError
 from sft_core.explain import differences
 from sft_core.lineage.ancestry import Recorded
 from sft_core.plan import Plan
@@ -58,7 +58,7 @@ def reproduce(
         note = ""
         try:
             manifest = run_step(run, key).manifest
-        except SourceError as error:
+        except (PlanError, SourceError) as error:
             taken = _take(run, first_store, key)
             if taken is None:
                 raise

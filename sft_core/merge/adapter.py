@@ -137,7 +137,7 @@ def load_adapter(folder: Path, model: Any) -> Adapter:
         beyond=beyond,
         vocabulary=vocabulary,
         quantization=_read_json(quantization) if recorded else None,
-        fingerprint=hash_value(hash_folder(folder, (CONFIG, weights.name, *recorded))),
+        fingerprint=hash_value(hash_folder(folder, {CONFIG, weights.name, *recorded}.__contains__)),
         base=recorded_identity(folder) or foreign_identity(str(config.get("base_model_name_or_path"))),
         folder=folder,
     )

@@ -17,6 +17,8 @@ from sft_core.errors import RecipeError
 from sft_core.normalize.map_fns import ALIASES, MAP_FNS
 from sft_core.own_packages import NAMES, also_found_in, find_collision, hold_free_names
 
+_LOADED: dict[str, dict[str, Any]] = {}
+"""Who a map_fn was (`map_fn_source`) when this process imported it."""
 FORMS = "a shipped name, package.module:function or path.py:function"
 
 
@@ -25,13 +27,18 @@ def load_map_fn(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
     A user's file is run afresh each time, and so are the modules beside it that it imports at its top: what runs is
     what `map_fn_source` reads. `package.module` is looked for on `sys.path`, then in the current directory, and stays
-    as it is until the process ends. It may be in a package that has the name of one of ours (`own_packages`).
+    as it is until the process ends: RecipeError where its source was edited meanwhile. It may be in a package that has
+    the name of one of ours (`own_packages`).
     """
     shipped = shipped_name(name)
     if shipped:
         return MAP_FNS[shipped]
     where, function_name = split_name(name)
-    module = _run_file(Path(where), name) if where.endswith(".py") else _import_module(where, name)
+    if where.endswith(".py"):
+        module = _run_file(Path(where), name)
+    else:
+        module = _import_module(where, name)
+        _refuse_edited(name)
     function = getattr(module, function_name, None)
     if function is None:
         there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -132,6 +139,19 @@ def _import_module(module: str, name: str) -> ModuleType:
         raise RecipeError(f"map_fn {name!r}: importing it failed: {type(error).__name__}: {error}") from error
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's module may raise anything
         raise RecipeError(f"map_fn {name!r}: importing it failed: {type(error).__name__}: {error}") from error
+
+
+def _refuse_edited(name: str) -> None:
+    """RecipeError if the source of an imported map_fn is not what it was when this process loaded it first: the
+    process would run the old one under the new one's name."""
+    from sft_core.normalize.identity import map_fn_source  # which needs the names above
+
+    try:
+        now = map_fn_source(name)
+    except RecipeError:  # it has no source: nothing can be edited
+        return
+    if _LOADED.setdefault(name, now) != now:
+        raise RecipeError(f"map_fn {name!r}: edited since this process imported it; start the process anew")
 
 
 def refuse_collision(module: str, name: str) -> None:

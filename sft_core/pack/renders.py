@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
-from sft_core.errors import RecipeError, RowError
+from sft_core.errors import RecipeError, RowError, SftError
 from sft_core.pack.controls import Controls
 from sft_core.pack.template import Span, compiled_template
 from sft_core.pack.thoughts import thinks_inline, without_thought
@@ -111,10 +111,15 @@ class Renders:
     def _render(self, chat: list[dict[str, Any]], prompt: bool) -> tuple[str, list[Span]]:
         try:
             compiled = compiled_template(self.chat_template, self.tokenizer)
-            return compiled.render(chat, self.tools, prompt)
         except TemplateSyntaxError as error:
             raise RecipeError(f"pack.chat_template, line {error.lineno}: not Jinja: {error.message}") from None
-        except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
+        except (TemplateError, RecursionError, ValueError, OverflowError) as error:
+            raise RecipeError(f"pack.chat_template: cannot be compiled: {type(error).__name__}: {error}") from None
+        try:
+            return compiled.render(chat, self.tools, prompt)
+        except SftError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a template may do anything with a row
             first = f"the first {len(chat)} messages" if chat else "a conversation that begins with an answer"
             raise RowError("template_error", f"the chat template refuses {first}: {error}") from None
 

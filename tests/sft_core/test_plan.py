@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sft_core.errors import ModelError, SourceError
+from sft_core.errors import ModelError, PlanError, SourceError
 from sft_core.explain import explain_plan
 from sft_core.plan import Plan, plan_champion, plan_recipe
 from sft_core.recipe import Recipe, resolve
@@ -190,6 +190,6 @@ def test_explain_says_which_part_changed(project: Path) -> None:
 def test_a_source_that_changes_between_plan_and_fetch_stops_the_run(project: Path) -> None:
     run = Retraining(recipe(), plan_recipe(recipe()), Store("store"))
     (project / "rows.jsonl").write_text(ROWS[0] + "\n")
-    with pytest.raises(SourceError, match="changed since this run was planned"):
+    with pytest.raises(PlanError, match="changed since this run was planned"):
         run_step(run, "fetch/0")
     assert run.store.manifests("fetch") == []

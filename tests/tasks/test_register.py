@@ -8,9 +8,7 @@ import mlflow
 import pytest
 from mlflow.tracking import MlflowClient
 
-from sft_core.errors import RegistryError
 from sft_core.pack import IGNORE_INDEX, encode_messages, load_chat_template
-from tasks import registry_lock
 from tasks.registry import read_versions
 from tests.tasks.models_project import (
     ROOT,
@@ -127,29 +125,3 @@ def test_a_version_names_all_that_it_rests_on(registry: MlflowClient, built_proj
     assert len(run.outputs.model_outputs) == 1
     (adapter,) = (f for f in registry.list_artifacts(entry.run_id, "adapter") if f.path.endswith("_model.safetensors"))
     assert adapter.file_size > 0
-
-
-def test_the_lock_is_held_by_one_and_passed_over_when_its_holder_died(
-    empty_registry: MlflowClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(registry_lock, "WAIT_SECONDS", 0.5)
-
-    def take() -> None:
-        with registry_lock.registry_lock("orders"):
-            pass
-
-    with registry_lock.registry_lock("orders"), pytest.raises(RegistryError, match=r"orders\.lock: held by others"):
-        take()
-    take()  # given back
-    empty_registry.create_registered_model("orders.lock", description="of a process that died")
-    with pytest.raises(RegistryError, match="held by others"):
-        take()
-    monkeypatch.setattr(registry_lock, "STALE_SECONDS", 0.0)
-    take()
-    assert list(empty_registry.search_registered_models()) == []
-
-
-def test_the_lock_is_given_back_when_the_work_fails(empty_registry: MlflowClient) -> None:
-    with pytest.raises(ZeroDivisionError), registry_lock.registry_lock("orders"):
-        _ = 1 / 0
-    assert list(empty_registry.search_registered_models()) == []
