@@ -27,6 +27,7 @@ from sft_core.recipe import Recipe
 from sft_core.shards import Earlier, Mapper, NothingEarlier, Sharding, read_shard_list
 from sft_core.store import Store, list_files
 from sft_core.train import TrainInputs, train_adapter
+from sft_core.train.holders import take_over
 from sft_core.train.launchers import ONE_MACHINE, Launch
 from sft_core.train.mirror import Mirror, mirroring
 
@@ -100,7 +101,9 @@ def run_step(run: Retraining, key: str) -> Built:
     with run.store.training_lease(planned.fingerprint, run.on_line) as lease:
         manifest = run.store.find("train", planned.fingerprint)  # another trainer may have ended meanwhile
         built = Built(artifact, manifest or _build(replace(run, lease=lease), planned), reused=manifest is not None)
-    run.store.drop_work("train", planned.fingerprint)  # resumable state has done its work
+        if lease.look():
+            run.store.drop_work("train", planned.fingerprint)  # resumable state has done its work
+            lease.forget()
     return built
 
 
@@ -112,6 +115,8 @@ def _build(run: Retraining, planned: PlannedStep) -> Manifest:
     with run.store.staging(planned.step) as out:
         outcome = BUILDERS[planned.step](run, planned, out)
         check_ledger(planned.step, outcome.ledger)
+        if run.lease is not None:
+            run.lease.confirm()
         if planned.step in SHARDED:
             _say_shards(run, planned, out)
         manifest = Manifest(
@@ -167,7 +172,8 @@ def _pack(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
 
 def _train(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
     assert run.lease is not None, "training is built under its lease"
-    store, work = run.store, run.store.work_in_progress("train", planned.fingerprint)
+    store, lease = run.store, run.lease
+    work = take_over(store.work_in_progress("train", planned.fingerprint), lease.name)
     warnings = run.warnings()
     inputs = TrainInputs(
         packed=run.folder("pack"),
@@ -176,10 +182,12 @@ def _train(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
         work=work,
         conversations=run.folder("normalize"),
         launch=run.launch,
+        check=lease.check,
+        silence_seconds=0.75 * lease.seconds,
     )
     saving = SAVE_SECONDS if store.is_local else SEND_SECONDS
     mirror = None if store.is_local else Mirror(store.files, store.mirror("train", planned.fingerprint), work)
-    with stop.allowing(saving), mirroring(mirror, run.lease, run.on_line) as on_line:
+    with stop.allowing(saving), mirroring(mirror, lease, run.on_line) as on_line:
         outcome = train_adapter(inputs, run.recipe.train, run.recipe.seed, out, on_line)
     return replace(outcome, facts={**outcome.facts, "warnings": warnings})
 

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sft_core.artifacts import KIND_OF_STEP, MANIFEST, Artifact, Manifest
@@ -140,19 +140,28 @@ class Store:
         return Path(tempfile.gettempdir()) / WORK / self.cache.key / fingerprint
 
     def drop_work(self, step: str, fingerprint: str) -> None:
-        """Remove resumable state, here and in the store."""
-        shutil.rmtree(self.work_in_progress(step, fingerprint), ignore_errors=True)
+        """Remove resumable state, here and in the store; the lease stays, which is the caller's."""
         if not self.is_local:
-            self.files.remove_tree(self.mirror(step, fingerprint))
+            shutil.rmtree(self.work_in_progress(step, fingerprint), ignore_errors=True)
+        mirror = self.mirror(step, fingerprint)
+        for name in self.files.names(mirror):
+            if name != TRAINING:
+                self.files.remove_tree(f"{mirror}/{name}")
 
     def mirror(self, step: str, fingerprint: str) -> str:
         """Where resumable state lies in the store, for other machines."""
         return f"{self.address(step, fingerprint)}/{WORK_IN_PROGRESS}"
 
-    def training_lease(self, fingerprint: str, on_line: Callable[[str], None]) -> AbstractContextManager[Lease]:
+    @contextmanager
+    def training_lease(self, fingerprint: str, on_line: Callable[[str], None]) -> Iterator[Lease]:
         """Keeps a second trainer off a fingerprint: it waits."""
         folder = f"{self.mirror('train', fingerprint)}/{TRAINING}"
-        return hold(self.files, folder, f"training {fingerprint[:12]} in {self.url}", on_line)
+        with hold(self.files, folder, f"training {fingerprint[:12]} in {self.url}", on_line) as lease:
+            yield lease
+        if self.is_local:
+            with suppress(OSError):  # not empty: the training goes on another time
+                Path(folder).rmdir()
+                Path(folder).parent.rmdir()
 
     def publish(self, folder: Path, manifest: Manifest) -> Manifest:
         """Put `folder`'s files under their address and the manifest last; return the manifest that won."""

@@ -184,7 +184,11 @@ class StoreFiles:
     def _part(self, path: str, data: bytes) -> Path:
         part = Path(f"{path}.{uuid.uuid4().hex}")
         part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
+        try:
+            part.write_bytes(data)
+        except FileNotFoundError:  # another process has just tidied the empty folder away
+            part.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(data)
         return part
 
     def _sha256(self, path: str) -> str:
