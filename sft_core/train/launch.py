@@ -24,6 +24,7 @@ from sft_core.train.launcher import launcher_name
 from sft_core.train.launchers import ONE_MACHINE, Launch, training_command, training_environment
 from sft_core.train.ranks import RANKS, Heart, RankWatch
 from sft_core.train.said import Said
+from sft_core.train.spec import TrainSpec
 from sft_core.train.worker import EXIT_STOPPED
 
 __all__ = ["TrainingStopped", "run_training", "training_command", "training_environment"]
@@ -54,7 +55,7 @@ def run_training(
     command = training_command(spec, num_processes, launch)
     local = launch.local_ranks(num_processes)
     watch = RankWatch(spec.parent / RANKS, num_processes, local, launch.ddp_timeout, time.monotonic())
-    heart = Heart(spec.parent / RANKS, launcher_name(launch.node_rank), launch.ddp_timeout)
+    heart = Heart(spec.parent / RANKS, launcher_name(launch.node_rank), TrainSpec.read(spec).silence_seconds)
     process = subprocess.Popen(
         command,
         env=training_environment(os.environ, num_processes, launch),
