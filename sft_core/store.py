@@ -15,6 +15,7 @@ from pathlib import Path
 from sft_core.artifacts import KIND_OF_STEP, MANIFEST, Artifact, Manifest
 from sft_core.errors import StoreError
 from sft_core.lease import Lease, hold
+from sft_core.private import private_folder
 from sft_core.shards import Earlier, EarlierFolder, EarlierRemote, NothingEarlier
 from sft_core.store_cache import StoreCache, list_files, verify_files
 from sft_core.store_files import StoreFiles
@@ -33,7 +34,7 @@ the manifest's own time does."""
 PUBLISHING, TRAINING = "publishing", "lease"
 """Folders of leases: below an artifact's address, and below its work in progress."""
 WORK = "sft-work"
-"""Folder in this machine's temporary folder: resumable state of artifacts of object stores."""
+"""Folder in this machine's temporary folder, this user's alone: resumable state of artifacts of object stores."""
 
 
 class Store:
@@ -137,7 +138,7 @@ class Store:
         """Local folder for resumable state: beside the artifact if the store is a disk, else a temporary one."""
         if self.is_local:
             return Path(self.address(step, fingerprint)) / WORK_IN_PROGRESS
-        return Path(tempfile.gettempdir()) / WORK / self.cache.key / fingerprint
+        return private_folder(WORK) / self.cache.key / fingerprint
 
     def drop_work(self, step: str, fingerprint: str) -> None:
         """Remove resumable state, here and in the store; the lease stays, which is the caller's."""

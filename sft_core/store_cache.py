@@ -4,17 +4,17 @@ In: a manifest and its address. Out: a local folder with the artifact's files. A
 StoreError and is not kept.
 """
 
-import tempfile
 import uuid
 from pathlib import Path
 
 from sft_core.artifacts import Manifest, StoredFile
 from sft_core.errors import StoreError
 from sft_core.fingerprint import hash_file, hash_text
+from sft_core.private import private_folder
 from sft_core.store_files import StoreFiles
 
 CACHE = "sft-store-cache"
-"""Folder in the temporary folder."""
+"""Folder in the temporary folder, this user's alone."""
 ALTERED = "its bytes are not those that were written"
 
 
@@ -29,7 +29,7 @@ class StoreCache:
     @property
     def root(self) -> Path:
         """This store's folder."""
-        return Path(tempfile.gettempdir()) / CACHE / self.key
+        return private_folder(CACHE) / self.key
 
     def folder(self, manifest: Manifest, address: str) -> Path:
         """The artifact's files, those that lack fetched now; all checked once a process."""

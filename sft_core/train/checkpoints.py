@@ -1,8 +1,8 @@
 """Resumable state on disk: Trainer's `checkpoint-N` folders, each with a mark that says it was written whole.
 
 The mark `complete` is JSON: size and SHA-256 of every file, how many ranks wrote, and what was counted so far. It is
-written last, after every file has reached the disk; a folder whose files are of other sizes than it says counts as torn.
-What training goes on from, or gives as its result, is read once more and compared with the hashes (`sound.py`).
+written last, after every file has reached the disk; a folder with files of other sizes counts as torn. What a run goes
+on from, or gives as its result, is read once more and compared with the hashes (`sound.py`).
 """
 
 import json

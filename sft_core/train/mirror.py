@@ -2,7 +2,7 @@
 
 In: the local folder of checkpoints, named as the lease's holder is; the mirror's address. Out: `checkpoint-N/HOLDER/`
 there with the same files, the run's logs up to that step in `logs/` and, last, the mark `mirrored.json` (size and
-SHA-256 of each). Another machine fetches the newest marked one before it trains. What the trainer has deleted goes there
+SHA-256 of each). Another machine fetches the newest marked one before it trains. What the trainer deletes goes there
 too. A holder writes under its own name, and deletes what it and holders before it sent: one that lost the lease
 reaches nothing of the next one's.
 """
