@@ -10,6 +10,7 @@ from cli.chat import chat
 from cli.deploy import deploy
 from cli.environment import DEBUG, debugging, quiet_libraries, set_defaults
 from sft_core.errors import SftError
+from sft_core.panics import panics_told
 
 app = typer.Typer(
     name="sft",
@@ -44,7 +45,7 @@ def main() -> None:
         quiet_libraries()
     stopped.begin()
     try:
-        with stopped.telling(str):
+        with panics_told("a model's files"), stopped.telling(str):
             app()
     except SftError as error:
         if debugging():

@@ -22,6 +22,7 @@ from sft_core.merge import MergeOptions, merge_adapter
 from sft_core.normalize import NormalizeSource, normalize_dataset
 from sft_core.outlook import warnings_before_training
 from sft_core.pack import TokenizerSource, pack_dataset
+from sft_core.panics import panics_told
 from sft_core.plan import Plan, PlannedStep, library_versions
 from sft_core.recipe import Recipe
 from sft_core.shards import Earlier, Mapper, NothingEarlier, Sharding, read_shard_list
@@ -112,7 +113,7 @@ def _build(run: Retraining, planned: PlannedStep) -> Manifest:
     if planned.step in SHARDED:
         run = replace(run, earlier=run.store.earlier(run.hint(planned.key)))
     started, clock = datetime.now(UTC).isoformat(), time.monotonic()
-    with run.store.staging(planned.step) as out:
+    with run.store.staging(planned.step) as out, panics_told(f"{planned.key}, with {run.recipe.base_model.path}"):
         outcome = BUILDERS[planned.step](run, planned, out)
         check_ledger(planned.step, outcome.ledger)
         if run.lease is not None:
