@@ -13,9 +13,7 @@ from sft_core.errors import ModelError
 from sft_core.evaluate import EvaluatedModel, evaluate_model
 from sft_core.pack import load_chat_template, pack_dataset
 from sft_core.panics import panics_told
-from sft_core.processes import process_mapper
 from sft_core.recipe import EvaluateConfig, PackConfig
-from sft_core.shards import NothingEarlier, Sharding
 
 DAMAGED = base64.b64encode(b"\x04\x00\x00\x00aaaaaaa").decode()
 """A table of SentencePiece whose places point outside of it."""
@@ -31,13 +29,12 @@ def panicking(tiny_model: Path, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_pack(panicking: Path, tmp_path: Path, write_conversations: Callable[..., Path], processes: int) -> None:
+def test_pack(panicking: Path, tmp_path: Path, write_conversations: Callable[..., Path]) -> None:
     conversations = write_conversations(tmp_path / "conversations", 40, 4)
     config = PackConfig(max_length=128, chat_template="chatml")
     message = "the tokenizer's library failed on its files .index out of bounds"
-    with process_mapper(processes) as mapper, pytest.raises(ModelError, match=message) as raised, panics_told("pack"):
-        pack_dataset(conversations, panicking, config, 42, tmp_path / "out", Sharding(NothingEarlier(), mapper, print))
+    with pytest.raises(ModelError, match=message) as raised, panics_told("pack"):
+        pack_dataset(conversations, panicking, config, 42, tmp_path / "out")
     assert "\n" not in str(raised.value)
 
 
