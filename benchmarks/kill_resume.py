@@ -176,7 +176,7 @@ def kill(recipe: Path, store: Path, draw: random.Random, seconds: float, sigterm
     reader.join()
     ended_after = time.monotonic() - clock
     time.sleep(0.2)  # until the rank, too, is gone
-    newest = max(store.glob("train/*/checkpoints/checkpoint-*"), key=lambda p: int(p.name[11:]), default=None)
+    newest = max(store.glob("train/*/checkpoints/*/checkpoint-*"), key=lambda p: int(p.name[11:]), default=None)
     done = Kill(whom, seen[0], newest is not None and not (newest / "complete").exists(), ended_after)
     print(f"  killed {done.whom} at step {done.step}{', saving' if done.torn else ''}", flush=True)
     return done

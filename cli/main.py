@@ -11,6 +11,7 @@ from cli.deploy import deploy
 from cli.environment import DEBUG, debugging, quiet_libraries, set_defaults
 from sft_core.disk_faults import disk_fault
 from sft_core.errors import SftError
+from sft_core.panics import panics_told
 
 app = typer.Typer(
     name="sft",
@@ -45,7 +46,7 @@ def main() -> None:
         quiet_libraries()
     stopped.begin()
     try:
-        with stopped.telling(str):
+        with panics_told("a model's files"), stopped.telling(str):
             app()
     except Exception as error:
         words = str(error) if isinstance(error, SftError) else disk_fault(error)

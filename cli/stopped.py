@@ -105,6 +105,7 @@ def reached_in(recipe: Any, plan: Any) -> str:
     """How far a retraining got, as the store has it, and what becomes of that."""
     from sft_core.store import Store
     from sft_core.train.checkpoints import complete_checkpoints, planned_steps, step_of
+    from sft_core.train.holders import newest_holder
 
     store = Store(recipe.store)
     done = [key for key, step in plan.steps.items() if store.find(step.step, step.fingerprint) is not None]
@@ -112,7 +113,7 @@ def reached_in(recipe: Any, plan: Any) -> str:
     if not missing:
         return "before register was done; every step before it is done and reused: the same command goes on"
     if missing[0] == "train":
-        saved = complete_checkpoints(store.work_in_progress("train", plan["train"].fingerprint))
+        saved = complete_checkpoints(newest_holder(store.work_in_progress("train", plan["train"].fingerprint)))
         newest = max(saved, key=step_of, default=None)
         if newest is not None:
             total = planned_steps(newest)

@@ -5,8 +5,9 @@ replaced after LEASE_SECONDS; at once, where its process is seen to be gone (the
 
 Each holder writes a file of its own, `00000001.json`, `00000002.json`, ..., created exclusively; the highest number
 holds. So taking over needs no compare-and-swap, and a holder that was suspended sees by a higher number that it lost.
-A waiter times the silence by its own clock: clocks of machines need not agree. (The numbers are fencing tokens:
-M. Kleppmann, How to do distributed locking, 2016.)
+A waiter times the silence by its own clock: clocks of machines need not agree. No look at a lease keeps a process from
+being suspended right after it. Therefore a holder writes only below a folder of its own `name`, which nobody has again.
+(Fencing tokens: M. Kleppmann, How to do distributed locking, 2016.)
 """
 
 import json
@@ -23,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
-from sft_core.errors import StoreError
+from sft_core.errors import SftError, StoreError
 from sft_core.store_files import StoreFiles
 
 LEASE_SECONDS = 60.0
@@ -87,52 +88,91 @@ class Holder:
 
 
 class Lease:
-    """Held from its making on. `check` raises once another holder has taken over."""
+    """Held from its making on. `check` raises once another holder has taken over, by what the thread saw last, within a
+    quarter of the lease; `confirm` looks now."""
 
     def __init__(self, files: StoreFiles, folder: str, number: int, holder: Holder, what: str) -> None:
         self._files, self._folder, self._number, self._holder, self._what = files, folder, number, holder, what
         self._lost, self._done = threading.Event(), threading.Event()
+        self._lock = threading.Lock()
+        self._forgotten = False
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
 
     @property
+    def name(self) -> str:
+        """Of this holder alone; names sort as the holders came."""
+        return f"{self._number:08d}-{self._holder.token[:8]}"
+
+    @property
+    def seconds(self) -> float:
+        """Silence after which another one takes over."""
+        return self._holder.seconds
+
+    @property
     def lost(self) -> bool:
-        """Whether another holder has taken over."""
+        """Whether another holder was seen to have taken over."""
         return self._lost.is_set()
 
+    def look(self) -> bool:
+        """Whether it is still held, asked of the store now. StoreError if the store does not say."""
+        with self._lock:
+            number, text = _read(self._files, self._folder)
+            holder = Holder.from_bytes(text) if text is not None else None
+            if number != self._number or holder is None or holder.token != self._holder.token:
+                self._lost.set()
+        return not self.lost
+
+    def confirm(self) -> None:
+        """StoreError if the lease was lost, or if the store does not say."""
+        self.look()
+        self.check()
+
     def check(self) -> None:
-        """StoreError if the lease was lost."""
+        """StoreError if the lease was seen to be lost."""
         if self.lost:
-            raise StoreError(
-                f"{self._what}: this process was silent for over {self._holder.seconds:.0f} s, and another one took "
-                "over; it goes on from the last checkpoint, and this run can be started again to wait for it"
-            )
+            raise self.fault()
+
+    def fault(self) -> StoreError:
+        """What a loser says."""
+        return StoreError(
+            f"{self._what}: this process was silent for over {self._holder.seconds:.0f} s, and another one took "
+            "over; it goes on from the last checkpoint, and this run can be started again to wait for it"
+        )
+
+    def forget(self) -> None:
+        """The work is done for good: `release` leaves nothing behind."""
+        self._forgotten = True
 
     def release(self) -> None:
         """Let the next one in."""
         self._done.set()
         self._thread.join()
-        if not self.lost:
-            with suppress(StoreError):  # it will run out
-                self._write(released=True)
+        with suppress(StoreError, OSError):  # it will run out
+            if not self.lost and self.look():
+                if self._forgotten:
+                    self._files.remove(_path(self._folder, self._number))
+                else:
+                    self._write(released=True)
 
     def _renew(self) -> None:
         while not self._done.wait(self._holder.seconds / 4):
             with suppress(StoreError, OSError):  # silence is what tells the others
-                if max(_numbers(self._files, self._folder), default=self._number) > self._number:
-                    self._lost.set()
+                if not self.look():
                     return
                 self._write(released=False)
 
     def _write(self, released: bool) -> None:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         self._holder = replace(self._holder, renewed=now, beat=self._holder.beat + 1, released=released)
-        self._files.write(_path(self._folder, self._number), self._holder.as_bytes())
+        with self._lock:
+            self._files.write(_path(self._folder, self._number), self._holder.as_bytes())
 
 
 @contextmanager
 def hold(files: StoreFiles, folder: str, what: str, on_line: Callable[[str], None] = print) -> Iterator[Lease]:
-    """Wait until the lease in `folder` is free, then hold it. `what` is named in lines and errors."""
+    """Wait until the lease in `folder` is free, then hold it. `what` is named in lines and errors. What fails inside
+    once the lease was lost, failed of that: StoreError says so."""
     holder = Holder(seconds=LEASE_SECONDS, renewed=datetime.now(UTC).isoformat(timespec="seconds"))
     seen: bytes | None = None
     changed, said = time.monotonic(), -SAY_SECONDS
@@ -158,6 +198,12 @@ def hold(files: StoreFiles, folder: str, what: str, on_line: Callable[[str], Non
         for number in range(1, newest + 1)[-3:]:
             files.remove(_path(folder, number))
         yield lease
+    except (SftError, OSError) as error:
+        with suppress(StoreError, OSError):
+            lease.look()
+        if lease.lost:
+            raise lease.fault() from error
+        raise
     finally:
         lease.release()
 

@@ -25,12 +25,14 @@ from sft_core.merge import MergeOptions, merge_adapter
 from sft_core.normalize import NormalizeSource, normalize_dataset
 from sft_core.outlook import warnings_before_training
 from sft_core.pack import TokenizerSource, pack_dataset
+from sft_core.panics import panics_told
 from sft_core.plan import Plan, PlannedStep, library_versions
 from sft_core.plan_parts import Readings
 from sft_core.recipe import Recipe
 from sft_core.shards import Earlier, Mapper, NothingEarlier, Sharding, read_shard_list
 from sft_core.store import Store, list_files
 from sft_core.train import TrainInputs, train_adapter
+from sft_core.train.holders import take_over
 from sft_core.train.launchers import ONE_MACHINE, Launch
 from sft_core.train.mirror import Mirror, mirroring
 
@@ -112,7 +114,9 @@ def _run_step(run: Retraining, key: str) -> Built:
     with run.store.training_lease(planned.fingerprint, run.on_line) as lease:
         manifest = run.store.find("train", planned.fingerprint)  # another trainer may have ended meanwhile
         built = Built(artifact, manifest or _build(replace(run, lease=lease), planned), reused=manifest is not None)
-    run.store.drop_work("train", planned.fingerprint)  # resumable state has done its work
+        if lease.look():
+            run.store.drop_work("train", planned.fingerprint)  # resumable state has done its work
+            lease.forget()
     return built
 
 
@@ -123,7 +127,7 @@ def _build(run: Retraining, planned: PlannedStep) -> Manifest:
     started, clock = datetime.now(UTC).isoformat(), time.monotonic()
     found = Readings(run.recipe, run.plan)
     refuse_changes(run.recipe, run.plan, planned.key, found)
-    with run.store.staging(planned.step) as out:
+    with run.store.staging(planned.step) as out, panics_told(f"{planned.key}, with {run.recipe.base_model.path}"):
         outcome = BUILDERS[planned.step](replace(run, found=found), planned, out)
         _check_again(run, planned)
         check_ledger(planned.step, outcome.ledger)
@@ -144,6 +148,8 @@ def _build(run: Retraining, planned: PlannedStep) -> Manifest:
             started=started,
             took_seconds=round(time.monotonic() - clock, 3),
         )
+        if run.lease is not None:
+            run.lease.confirm()
         manifest = run.store.publish(out, manifest)
     if planned.step in SHARDED:
         with _hints(run, "the next run will make its shards anew"):
@@ -170,6 +176,7 @@ def _check_again(run: Retraining, planned: PlannedStep) -> None:
         refuse_changes(run.recipe, run.plan, planned.key)
     except PlanError:
         if run.lease is not None:  # the next training must not go on from what another base was trained to
+            run.lease.confirm()
             run.store.drop_work(planned.step, planned.fingerprint)
         raise
 
@@ -204,7 +211,8 @@ def _pack(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
 
 def _train(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
     assert run.lease is not None, "training is built under its lease"
-    store, work = run.store, run.store.work_in_progress("train", planned.fingerprint)
+    store, lease = run.store, run.lease
+    work = take_over(store.work_in_progress("train", planned.fingerprint), lease.name)
     warnings = run.warnings()
     inputs = TrainInputs(
         packed=run.folder("pack"),
@@ -213,10 +221,12 @@ def _train(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
         work=work,
         conversations=run.folder("normalize"),
         launch=run.launch,
+        check=lease.check,
+        silence_seconds=0.75 * lease.seconds,
     )
     saving = SAVE_SECONDS if store.is_local else SEND_SECONDS
     mirror = None if store.is_local else Mirror(store.files, store.mirror("train", planned.fingerprint), work)
-    with stop.allowing(saving), mirroring(mirror, run.lease, run.on_line) as on_line:
+    with stop.allowing(saving), mirroring(mirror, lease, run.on_line) as on_line:
         outcome = train_adapter(inputs, run.recipe.train, run.recipe.seed, out, on_line)
     return replace(outcome, facts={**outcome.facts, "warnings": warnings})
 

@@ -9,12 +9,13 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sft_core.artifacts import KIND_OF_STEP, MANIFEST, Artifact, Manifest
 from sft_core.errors import StoreError
 from sft_core.lease import Lease, hold
+from sft_core.private import private_folder
 from sft_core.shards import SHARDS, Earlier, EarlierFolder, EarlierRemote, NothingEarlier
 from sft_core.store_cache import StoreCache, list_files, verify_files
 from sft_core.store_files import StoreFiles, sync
@@ -33,7 +34,7 @@ the manifest's own time does."""
 PUBLISHING, TRAINING = "publishing", "lease"
 """Folders of leases: below an artifact's address, and below its work in progress."""
 WORK = "sft-work"
-"""Folder in this machine's temporary folder: resumable state of artifacts of object stores."""
+"""Folder in this machine's temporary folder, this user's alone: resumable state of artifacts of object stores."""
 
 
 class Store:
@@ -138,22 +139,31 @@ class Store:
         """Local folder for resumable state: beside the artifact if the store is a disk, else a temporary one."""
         if self.is_local:
             return Path(self.address(step, fingerprint)) / WORK_IN_PROGRESS
-        return Path(tempfile.gettempdir()) / WORK / self.cache.key / fingerprint
+        return private_folder(WORK) / self.cache.key / fingerprint
 
     def drop_work(self, step: str, fingerprint: str) -> None:
-        """Remove resumable state, here and in the store."""
-        shutil.rmtree(self.work_in_progress(step, fingerprint), ignore_errors=True)
+        """Remove resumable state, here and in the store; the lease stays, which is the caller's."""
         if not self.is_local:
-            self.files.remove_tree(self.mirror(step, fingerprint))
+            shutil.rmtree(self.work_in_progress(step, fingerprint), ignore_errors=True)
+        mirror = self.mirror(step, fingerprint)
+        for name in self.files.names(mirror):
+            if name != TRAINING:
+                self.files.remove_tree(f"{mirror}/{name}")
 
     def mirror(self, step: str, fingerprint: str) -> str:
         """Where resumable state lies in the store, for other machines."""
         return f"{self.address(step, fingerprint)}/{WORK_IN_PROGRESS}"
 
-    def training_lease(self, fingerprint: str, on_line: Callable[[str], None]) -> AbstractContextManager[Lease]:
+    @contextmanager
+    def training_lease(self, fingerprint: str, on_line: Callable[[str], None]) -> Iterator[Lease]:
         """Keeps a second trainer off a fingerprint: it waits."""
         folder = f"{self.mirror('train', fingerprint)}/{TRAINING}"
-        return hold(self.files, folder, f"training {fingerprint[:12]} in {self.url}", on_line)
+        with hold(self.files, folder, f"training {fingerprint[:12]} in {self.url}", on_line) as lease:
+            yield lease
+        if self.is_local:
+            with suppress(OSError):  # not empty: the training goes on another time
+                Path(folder).rmdir()
+                Path(folder).parent.rmdir()
 
     def publish(self, folder: Path, manifest: Manifest) -> Manifest:
         """Put `folder`'s files under their address and the manifest last; return the manifest that won."""

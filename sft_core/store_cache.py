@@ -4,17 +4,20 @@ In: a manifest and its address. Out: a local folder with the artifact's files. A
 StoreError and is not kept.
 """
 
-import tempfile
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sft_core.artifacts import Manifest, StoredFile
 from sft_core.errors import StoreError
 from sft_core.fingerprint import hash_file, hash_text
+from sft_core.private import private_folder
 from sft_core.store_files import StoreFiles
 
 CACHE = "sft-store-cache"
-"""Folder in the temporary folder."""
+"""Folder in the temporary folder, this user's alone."""
+HASHES_AT_ONCE = 4
+"""Files; hashlib holds no lock of Python's."""
 ALTERED = "its bytes are not those that were written"
 
 
@@ -29,7 +32,7 @@ class StoreCache:
     @property
     def root(self) -> Path:
         """This store's folder."""
-        return Path(tempfile.gettempdir()) / CACHE / self.key
+        return private_folder(CACHE) / self.key
 
     def folder(self, manifest: Manifest, address: str) -> Path:
         """The artifact's files, those that lack fetched now; all checked once a process."""
@@ -66,7 +69,12 @@ def _is(path: Path, entry: StoredFile) -> bool:
 def list_files(folder: Path) -> dict[str, StoredFile]:
     """Every file below `folder` by relative path, with size and SHA-256, as a manifest lists them."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {p.relative_to(folder).as_posix(): StoredFile(p.stat().st_size, hash_file(p)) for p in paths}
+    with ThreadPoolExecutor(HASHES_AT_ONCE) as threads:
+        hashes = threads.map(hash_file, paths)
+        return {
+            path.relative_to(folder).as_posix(): StoredFile(path.stat().st_size, sha256)
+            for path, sha256 in zip(paths, hashes, strict=True)
+        }
 
 
 def verify_files(folder: Path, manifest: Manifest) -> None:

@@ -187,7 +187,11 @@ class StoreFiles:
         part = Path(f"{path}.{uuid.uuid4().hex}")
         part.parent.mkdir(parents=True, exist_ok=True)
         try:
-            part.write_bytes(data)
+            try:
+                part.write_bytes(data)
+            except FileNotFoundError:  # another process has just tidied the empty folder away
+                part.parent.mkdir(parents=True, exist_ok=True)
+                part.write_bytes(data)
             sync(part)
         except OSError:
             part.unlink(missing_ok=True)

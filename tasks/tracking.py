@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -85,8 +85,9 @@ class PartRun:
         return len(entries)
 
     @contextmanager
-    def following(self, metrics_file: Path) -> Iterator[None]:
-        """Send lines as training writes them, from a thread: a slow or dead server never holds training up.
+    def following(self, metrics_file: Callable[[], Path]) -> Iterator[None]:
+        """Send lines as training writes them, from a thread: a slow or dead server never holds training up. It may be
+        another file each time.
 
         What it could not send is sent at the end by `record_training`.
         """
@@ -96,7 +97,7 @@ class PartRun:
             sent, impatient, away = 0, new_client(), False
             while not stop.wait(FOLLOW_SECONDS):
                 try:
-                    sent = self.record_training(metrics_file, sent, impatient)
+                    sent = self.record_training(metrics_file(), sent, impatient)
                     away = False
                 except MlflowException as error:
                     if not away:  # once an outage

@@ -12,6 +12,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.exceptions import PrefectException
 
 from sft_core.steps import run_step
+from sft_core.train.holders import newest_holder
 from tasks.run_step import STEP, Job, finish
 
 LEAST_SECONDS = 3.0
@@ -24,7 +25,7 @@ def train(job: Job) -> Any:
     progress = Progress(job.recipe.name)
     run = job.retraining(progress)
     work = run.store.work_in_progress("train", job.plan["train"].fingerprint)
-    with job.part.following(work / "metrics.jsonl"):
+    with job.part.following(lambda: newest_holder(work) / "metrics.jsonl"):
         built = run_step(run, "train")
     progress.end()
     job.part.record("train", built)

@@ -4,16 +4,18 @@ In: a model folder, a Conversations folder, the chat template. Out: `scores.parq
 register's business.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sft_core.artifacts import Outcome
 from sft_core.errors import ModelError
-from sft_core.evaluate.answers import behind_thought, load_scorer, rouge_l, score_answer, scorer_source
+from sft_core.evaluate.answers import behind_thought, rouge_l, scorer_source
 from sft_core.evaluate.calls import CallScore, score_calls
 from sft_core.evaluate.harness import harness_parts, run_harness
 from sft_core.evaluate.report import EvaluationReport, Identity, Score, read_report, write_report
+from sft_core.evaluate.scorer import scoring
 from sft_core.fingerprint import hash_value
 from sft_core.recipe import EvaluateConfig
 
@@ -29,7 +31,7 @@ __all__ = [
     "scorer_source",
 ]
 
-STEP_VERSION = 5
+STEP_VERSION = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,12 +49,17 @@ class EvaluatedModel:
 
 def evaluate_model(model: EvaluatedModel, conversations: Path, config: EvaluateConfig, seed: int, out: Path) -> Outcome:
     """Score every held-out conversation, and generate an answer to `config.max_generated_rows` of them."""
+    with nullcontext() if config.scorer is None else scoring(config.scorer) as scorer:  # a wrong name fails at once
+        return _evaluate(model, conversations, config, seed, out, scorer)
+
+
+def _evaluate(
+    model: EvaluatedModel, conversations: Path, config: EvaluateConfig, seed: int, out: Path, scorer: Any
+) -> Outcome:
     import transformers  # slow to import
 
     from sft_core.evaluate.examples import identity_of, read_examples
 
-    if config.scorer is not None:
-        load_scorer(config.scorer)  # before any work: a wrong name fails at once
     tokenizer = transformers.AutoTokenizer.from_pretrained(model.folder, trust_remote_code=model.trust_remote_code)
     template = model.chat_template or tokenizer.chat_template
     if template is None:
@@ -61,7 +68,7 @@ def evaluate_model(model: EvaluatedModel, conversations: Path, config: EvaluateC
     examples, ledger = read_examples(conversations, tokenizer, template, model.max_length)
     network = _load(model)
     scores = _teacher_forced(network, examples, config.batch_size)
-    scores = _with_answers((network, tokenizer, template), examples, scores, config, seed)
+    scores = _with_answers((network, tokenizer, template), examples, scores, config, (seed, scorer))
     del network
     harness = run_harness(model.folder, config, trust_remote_code=model.trust_remote_code)
     summary = write_report(EvaluationReport(tuple(scores), identity, harness), out)
@@ -104,10 +111,15 @@ def _teacher_forced(network: Any, examples: list[Any], batch_size: int) -> list[
 
 
 def _with_answers(
-    model: tuple[Any, Any, str], examples: list[Any], scores: list[Score], config: EvaluateConfig, seed: int
+    model: tuple[Any, Any, str],
+    examples: list[Any],
+    scores: list[Score],
+    config: EvaluateConfig,
+    seed_and_scorer: tuple[int, Any],
 ) -> list[Score]:
     """Generate where the last message is a trained answer, and where it calls tools, as many of each; which rows, is
     drawn by (seed, row_id)."""
+    seed, scorer = seed_and_scorer
     from sft_core.evaluate.examples import check_prompt
     from sft_core.evaluate.generation import generate_answers, stop_ids_of
 
@@ -123,7 +135,6 @@ def _with_answers(
     stop_ids = sorted({examples[i].stop_id for i in drawn} | set(stop_ids_of(network, tokenizer, template) or ()))
     options = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
     answers = generate_answers((network, tokenizer), [examples[i].prompt_ids for i in drawn], options, stop_ids)
-    scorer = load_scorer(config.scorer) if config.scorer is not None else None
     scored = list(scores)
     for i, answer in zip(drawn, answers, strict=True):
         row = scores[i]
@@ -140,7 +151,7 @@ def _with_answers(
             reference_tokens=examples[i].reference_tokens,
             exact_match=said == reference,
             rouge_l=rouge_l(reference, said),
-            score=None if scorer is None else score_answer(scorer, row.row_id, examples[i].messages, said),
+            score=None if scorer is None else scorer(row.row_id, examples[i].messages, said),
         )
     return scored
 

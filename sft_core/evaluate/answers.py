@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+from sft_core.blank import is_blank
 from sft_core.errors import DataError, RecipeError, SftError
 from sft_core.normalize import load_map_fn, map_fn_source
 from sft_core.pack.thoughts import without_thought
@@ -41,13 +42,13 @@ def behind_thought(text: str) -> str:
 
     >>> behind_thought("<think>One and one.</think>\\n\\nTwo.")
     'Two.'
-    >>> behind_thought("<think>One and")
-    ''
+    >>> behind_thought("<think>One and"), behind_thought("\\u200b")
+    ('', '')
     """
     parts = without_thought(text)
-    if parts is None:
-        return "" if text.lstrip().startswith("<think>") else text.strip()
-    return parts[1].strip()
+    cut = parts is None and text.lstrip().startswith("<think>")
+    said = (text if parts is None else parts[1]).strip()
+    return "" if cut or is_blank(said) else said
 
 
 def rouge_l(reference: str, answer: str) -> float:
@@ -90,8 +91,9 @@ def score_answer(scorer: Scorer, row_id: str, messages: list[dict[str, Any]], an
         number = float(value)
     except SftError:
         raise
-    except Exception as error:  # noqa: BLE001 - a user's scorer may raise anything
-        raise DataError(f"{KEY}: row {row_id}: {type(error).__name__}: {error}; it must return a number") from error
+    except BaseException as error:  # a user's scorer may raise anything, in the process that runs nothing else
+        words = " ".join(str(error).split())
+        raise DataError(f"{KEY}: row {row_id}: {type(error).__name__}: {words}; it must return a number") from error
     if not math.isfinite(number):
         raise DataError(f"{KEY}: row {row_id}: it returned {value!r}; it must return a finite number")
     return number

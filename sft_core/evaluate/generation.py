@@ -1,12 +1,17 @@
 """Greedy answers, generated in batches of similar length."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from sft_core.errors import DataError
 from sft_core.pack.stops import stops_of
+
+BATCH_SECONDS = 4 * 3600.0
+"""For the answers of one batch; `evaluate.max_new_tokens` bounds them in tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +36,7 @@ def generate_answers(
 ) -> list[Answer]:
     """One answer a prompt, in order, from (network, tokenizer); it ends at any of `stop_ids`.
 
-    `options`: `max_new_tokens`, `batch_size`.
+    `options`: `max_new_tokens`, `batch_size`. DataError if a batch takes over BATCH_SECONDS.
     """
     network, tokenizer = model
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -54,6 +59,7 @@ def _generate_batch(
     device = next(network.parameters()).device
     input_ids = torch.tensor([[pad_id] * (length - len(p)) + p for p in prompts], device=device)
     attention_mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=device)
+    began = time.monotonic()
     output = network.generate(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -61,7 +67,13 @@ def _generate_batch(
         do_sample=False,
         eos_token_id=list(stop_ids),
         pad_token_id=pad_id,
+        max_time=BATCH_SECONDS,
     )
+    if time.monotonic() - began > BATCH_SECONDS:
+        raise DataError(
+            f"evaluate: {len(prompts)} answers of up to {max_new_tokens} tokens took over {BATCH_SECONDS:.0f} s; lower "
+            "evaluate.max_new_tokens or evaluate.batch_size, or set evaluate.max_generated_rows to 0"
+        )
     stops = set(stop_ids)
     rows = []
     for row in output[:, length:].tolist():

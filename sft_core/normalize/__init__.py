@@ -13,7 +13,7 @@ null_value         it is there, and null
 wrong_type         it is not a text (messages: not a list of messages), or the row is neither a mapping nor messages
 no_turns           no turn at all: an empty list, a text without `### Human:`, alpaca's `<nooutput>`
 no_assistant_turn  messages, but none is the assistant's
-empty_answer       an answer is empty or blank, or the only request has none
+empty_answer       an answer is empty, blank or invisible, or the only request has none
 bad_turn_order     oasst1: turns do not alternate from Human on, or text stands before the first
 unknown_role       a role that the map_fn does not know (tool messages: `messages` and `sharegpt` keep them)
 content_part       a content is a list, and a part of it is no text; or beside it stand images, audio or a refusal

@@ -7,6 +7,7 @@ import json
 import re
 from typing import Any
 
+from sft_core.blank import is_blank
 from sft_core.errors import RowError
 
 Row = dict[str, Any]
@@ -50,7 +51,7 @@ def answer_in(row: Row, column: str, where: str = "") -> str:
 
 def check_answer(answer: str, name: str) -> str:
     """The answer itself, unless there is nothing in it to learn."""
-    if not answer.strip():
+    if is_blank(answer):
         raise RowError("empty_answer", f"the answer in {name} is empty")
     return answer
 

@@ -23,7 +23,7 @@ from sft_core.normalize.tally import Tally
 from sft_core.recipe import NormalizeConfig
 from sft_core.shards import Sharding, ShardJob, ShardWriter, build_shards, read_shard_list
 
-STEP_VERSION = 5
+STEP_VERSION = 6
 RAW = "rows/*.parquet"
 ALL_HERE = Sharding()
 """Every shard is made, in this process."""

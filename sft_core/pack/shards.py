@@ -25,6 +25,7 @@ from sft_core.pack.tally import Counts, Tally
 from sft_core.pack.template import drops_reasoning
 from sft_core.pack.thoughts import EMPTY, drop_thoughts
 from sft_core.pack.tokenizer import SavedTokenizer, load_saved_tokenizer
+from sft_core.panics import panics_told
 from sft_core.shard_rows import locate
 from sft_core.shards import Made
 
@@ -57,7 +58,13 @@ class ShardTask:
 
 
 def encode_shard(task: ShardTask) -> Made:
-    """Encode the shard's rows. DataError for an overlong row if that is to be an error."""
+    """Encode the shard's rows. DataError for an overlong row if that is to be an error, ModelError if the tokenizer's
+    library fails."""
+    with panics_told(str(task.tokenizer)):
+        return _encode(task)
+
+
+def _encode(task: ShardTask) -> Made:
     saved = SavedTokenizer(task.tokenizer, task.tokenizer_hash, task.trust_remote_code)
     work = _Work(task, load_saved_tokenizer(saved))
     sink = pa.BufferOutputStream()

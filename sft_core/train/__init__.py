@@ -21,10 +21,11 @@ from sft_core.train.launch import run_training
 from sft_core.train.launchers import ONE_MACHINE, Launch
 from sft_core.train.limits import check_training
 from sft_core.train.metrics import read_metrics
-from sft_core.train.spec import SAMPLES, TrainSpec
+from sft_core.train.sound import damage, newest_sound
+from sft_core.train.spec import MAPPED, SAMPLES, SILENCE_SECONDS, TrainSpec
 from sft_core.train.world_size import RESIZED, going_on, note_of
 
-STEP_VERSION = 5
+STEP_VERSION = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,10 @@ class TrainInputs:
     conversations: Path | None = None
     """What was packed, with its held-out side; a message about a row can say where the row comes from."""
     launch: Launch = ONE_MACHINE
+    check: Callable[[], None] = lambda: None
+    """Called every second or so; what it raises ends the training."""
+    silence_seconds: float = SILENCE_SECONDS
+    """After so long without a sign of life of this process, its ranks end themselves."""
 
 
 def train_adapter(
@@ -49,7 +54,7 @@ def train_adapter(
     num_processes = config.num_processes or _num_gpus() or 1
     for note in check_training(config, num_processes, cuda=bool(_num_gpus())):
         on_line(note)
-    newest = newest_complete(work)
+    newest = newest_sound(work, on_line, config.load_best_model_at_end)
     resize = False
     if newest is not None:
         config, resize = going_on(newest, config, num_processes)
@@ -67,18 +72,24 @@ def train_adapter(
         metrics=str(work / "metrics.jsonl"),
         conversations=str(inputs.conversations) if inputs.conversations else None,
         resize=resize,
+        silence_seconds=inputs.silence_seconds,
     )
+    (work / MAPPED).unlink(missing_ok=True)  # made anew from what was compared with its hashes
     spec.write(work / "spec.json")
-    run_training(work / "spec.json", num_processes, work / "train.log", on_line, inputs.launch)
+    run_training(work / "spec.json", num_processes, work / "train.log", on_line, inputs.launch, inputs.check)
     shutil.rmtree(work / RESIZED, ignore_errors=True)
-    checkpoint = newest_complete(work)
+    last_checkpoint = newest_complete(work)
     metrics = read_metrics(work / "metrics.jsonl")
-    if checkpoint is None or not metrics:
+    if last_checkpoint is None or not metrics:
         raise TrainError(f"the training process ended well but left no complete checkpoint in {work}")
-    best = best_in(checkpoint)
-    if config.load_best_model_at_end:
-        checkpoint = best_checkpoint(checkpoint)
+    best = best_in(last_checkpoint)
+    checkpoint = best_checkpoint(last_checkpoint) if config.load_best_model_at_end else last_checkpoint
     copy_result(checkpoint, work, out)
+    if fault := damage(out / "checkpoint"):
+        raise TrainError(
+            f"training is done, but {checkpoint} was damaged since ({fault}); the same command goes on from "
+            "the newest checkpoint that is whole"
+        )
     first, last = metrics[0], metrics[-1]
     seconds = (last["time"] - first["time"]) / 1000
     steps = last["optimizer_step"] - first["optimizer_step"]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sft_core.errors import TrainError
 from sft_core.train.checkpoints import read_mark
 
 
@@ -48,7 +49,13 @@ def stopped_early(checkpoint: Path, patience: int | None) -> bool:
 
 
 def best_checkpoint(newest: Path) -> Path:
-    """The checkpoint of the best evaluation, beside the newest one; that one where it is gone or there was none."""
+    """The checkpoint of the best evaluation, beside the newest one; that one where there was none. TrainError if it is
+    gone: the newest one's weights are not the result that was asked for."""
     best = best_in(newest)
     found = newest.with_name(f"checkpoint-{best.optimizer_step}") if best else newest
-    return found if found.is_dir() and read_mark(found) is not None else newest
+    if read_mark(found) is None:
+        raise TrainError(
+            f"{found}, of the best evaluation, is gone or torn; the same command goes on from the newest checkpoint "
+            "before it, or anew"
+        )
+    return found

@@ -1,7 +1,8 @@
 """Resumable state on disk: Trainer's `checkpoint-N` folders, each with a mark that says it was written whole.
 
-The mark `complete` is JSON: the size of every file, how many ranks wrote, and what was counted so far. It is written
-last, after every file has reached the disk; a folder whose files differ from its mark counts as torn.
+The mark `complete` is JSON: size and SHA-256 of every file, how many ranks wrote, and what was counted so far. It is
+written last, after every file has reached the disk; a folder with files of other sizes counts as torn. What a run goes
+on from, or gives as its result, is read once more and compared with the hashes (`sound.py`).
 """
 
 import json
@@ -10,6 +11,9 @@ import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from sft_core.artifacts import StoredFile
+from sft_core.store_cache import list_files
 
 COMPLETE = "complete"
 """The mark's file, written last into a checkpoint."""
@@ -26,23 +30,22 @@ class Counts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:
-    """What `complete` holds. `files`: size in bytes by path in the checkpoint. `micro_batches`: of an optimizer step,
-    all ranks together; 0 where it was not noted yet."""
+    """What `complete` holds. `files`: by path in the checkpoint. `micro_batches`: of an optimizer step, all ranks
+    together; 0 where it was not noted yet."""
 
     world_size: int
     counts: Counts
-    files: dict[str, int]
+    files: dict[str, StoredFile]
     micro_batches: int = 0
 
 
 def mark_complete(checkpoint: Path, world_size: int, counts: Counts, micro_batches: int = 0) -> None:
     """Say that every byte of `checkpoint` is there."""
-    files = {}
-    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        files[path.relative_to(checkpoint).as_posix()] = path.stat().st_size
-    mark = Mark(world_size=world_size, counts=counts, files=files, micro_batches=micro_batches)
+    for path in checkpoint.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    mark = Mark(world_size=world_size, counts=counts, files=list_files(checkpoint), micro_batches=micro_batches)
     part = checkpoint / f"{COMPLETE}.part"
     with part.open("w", encoding="utf-8") as file:
         json.dump(asdict(mark), file, indent=1)
@@ -55,11 +58,12 @@ def read_mark(checkpoint: Path) -> Mark | None:
     """The mark, or None if the checkpoint is torn: no mark, half a mark, or files that are not of the size it says."""
     try:
         value = json.loads((checkpoint / COMPLETE).read_text("utf-8"))
-        counts, files = Counts(**value["counts"]), dict(value["files"])
+        counts = Counts(**value["counts"])
+        files = {str(name): StoredFile(**entry) for name, entry in value["files"].items()}
         micro_batches = int(value.get("micro_batches", 0))
         mark = Mark(world_size=int(value["world_size"]), counts=counts, files=files, micro_batches=micro_batches)
-        whole = all((checkpoint / name).stat().st_size == size for name, size in mark.files.items())
-    except (OSError, ValueError, KeyError, TypeError):
+        whole = all((checkpoint / name).stat().st_size == entry.size for name, entry in mark.files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return mark if whole else None
 

@@ -51,8 +51,8 @@ def initialise(model: Any, base: Path, train: TrainConfig, work: Path | None) ->
 
 @torch.no_grad()
 def _pissa(model: Any, start: str, dtype: torch.dtype, work: Path | None) -> None:
-    kept = [folder / INITIAL for folder in (work, *complete_checkpoints(work))] if work else []
-    known = next((load_file(path) for path in kept if path.exists()), None)
+    kept = [folder / INITIAL for folder in (*complete_checkpoints(work), work)] if work else []
+    known = next((load_file(path) for path in kept if path.exists()), None)  # a checkpoint's was compared with its hash
     first: dict[str, torch.Tensor] = {}
     for name, module in _adapted(model):
         base = module.get_base_layer()
@@ -75,8 +75,8 @@ def _pissa(model: Any, start: str, dtype: torch.dtype, work: Path | None) -> Non
             part.data = value.to(dtype).float()  # DeepSpeed rounds what it trains to `dtype` first
             first[key] = part.data
         base.weight.data = (whole.float() - module.get_delta_weight(ADAPTER).float()).to(whole.dtype)
-    if kept and not kept[0].exists() and not (dist.is_initialized() and dist.get_rank()):
-        _write(kept[0], first)
+    if kept and not kept[-1].exists() and not (dist.is_initialized() and dist.get_rank()):
+        _write(kept[-1], first)
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -3,7 +3,8 @@
 In: the spec's file, the number of ranks on all machines, the `Launch` in force. Out: nothing, or TrainError with one
 reason. The child has its own session. Whatever ends `run_training` (an exception, a cancelled flow, Ctrl-C) asks the
 child to save (SIGTERM), then kills it; a SIGTERM to this process is passed on. A rank that gives no sign of life ends
-the run.
+the run, and so does what `check` raises, which is called every second; ranks end themselves where this process gives no
+sign of life.
 """
 
 import contextlib
@@ -19,9 +20,11 @@ from pathlib import Path
 from sft_core import stop
 from sft_core.children import die_with_parent
 from sft_core.errors import TrainError
+from sft_core.train.launcher import launcher_name
 from sft_core.train.launchers import ONE_MACHINE, Launch, training_command, training_environment
-from sft_core.train.ranks import RANKS, RankWatch
+from sft_core.train.ranks import RANKS, Heart, RankWatch
 from sft_core.train.said import Said
+from sft_core.train.spec import TrainSpec
 from sft_core.train.worker import EXIT_STOPPED
 
 __all__ = ["TrainingStopped", "run_training", "training_command", "training_environment"]
@@ -41,12 +44,18 @@ class _Silent(TrainError):
 
 
 def run_training(
-    spec: Path, num_processes: int, log: Path, on_line: Callable[[str], None], launch: Launch = ONE_MACHINE
+    spec: Path,
+    num_processes: int,
+    log: Path,
+    on_line: Callable[[str], None],
+    launch: Launch = ONE_MACHINE,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Run the ranks to their end. TrainError with the reason if they fail, TrainingStopped if they saved on SIGTERM."""
     command = training_command(spec, num_processes, launch)
     local = launch.local_ranks(num_processes)
     watch = RankWatch(spec.parent / RANKS, num_processes, local, launch.ddp_timeout, time.monotonic())
+    heart = Heart(spec.parent / RANKS, launcher_name(launch.node_rank), TrainSpec.read(spec).silence_seconds)
     process = subprocess.Popen(
         command,
         env=training_environment(os.environ, num_processes, launch),
@@ -58,12 +67,13 @@ def run_training(
     said = Said(on_line)
     try:
         with stop.handed_over(signal.SIGTERM, process.terminate) as asked:
-            _relay(process, log, said, watch)
+            _relay(process, log, said, watch, check)
             status = process.wait()
     except BaseException as reason:  # also a cancelled flow's signal and Ctrl-C: the child must never be left behind
         _stop(process, 0.0 if isinstance(reason, _Silent) else GRACE_SECONDS, log)
         raise
     finally:
+        heart.end()
         if process.stdout:
             process.stdout.close()
     if status == EXIT_STOPPED or (status != 0 and said.stopped and not said.fault):
@@ -80,7 +90,9 @@ def run_training(
         raise TrainError(said.reason(status, watch.behind() if num_processes > 1 else None, log))
 
 
-def _relay(process: subprocess.Popen[bytes], log: Path, said: Said, watch: RankWatch) -> None:
+def _relay(
+    process: subprocess.Popen[bytes], log: Path, said: Said, watch: RankWatch, check: Callable[[], None]
+) -> None:
     """Read the child's lines until all of it has ended, or until a rank is silent."""
     assert process.stdout is not None
     pipe, rest, look = process.stdout.fileno(), b"", 0.0
@@ -102,6 +114,7 @@ def _relay(process: subprocess.Popen[bytes], log: Path, said: Said, watch: RankW
             elif ended:  # whoever still holds the pipe is not waited for
                 return
             if not ended and time.monotonic() > look:
+                check()
                 fault, look = watch.fault(time.monotonic()), time.monotonic() + WATCH_SECONDS
                 if fault is not None:
                     raise _Silent(f"{fault}. All ranks were ended; the same command goes on from the newest checkpoint")

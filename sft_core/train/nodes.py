@@ -1,6 +1,6 @@
 """Several machines: node 0 prepares the data and publishes; the others wait, then train along.
 
-In: the folder of checkpoints, which all machines see under one path. Out: on the others nothing but their ranks' files
+In: the folder of resumable state, which all machines see under one path. Out: on the others only their ranks' files
 there. Node 0's `Heart` says how far it is, so nobody waits for a machine that is gone.
 """
 
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sft_core.errors import TrainError
+from sft_core.train.holders import newest_holder
 from sft_core.train.launch import run_training
 from sft_core.train.launchers import Launch
 from sft_core.train.ranks import RANKS, TRAINING, Beat, Heart
@@ -22,6 +23,8 @@ SPEC = "spec.json"
 @contextmanager
 def leading(work: Path, launch: Launch) -> Iterator[Heart]:
     """Node 0, while it prepares and trains. Tell the heart TRAINING when the data are in the store."""
+    for earlier in work.glob(f"*/{SPEC}"):
+        earlier.unlink(missing_ok=True)  # of a start before this one; the others would take it
     heart = Heart(work / RANKS, NODE_0, launch.ddp_timeout)
     try:
         yield heart
@@ -36,14 +39,15 @@ def train_along(
     there is nothing to train. TrainError if node 0 gives no sign of life or the folders are not shared."""
     if not _await_node_0(work, launch, built, on_line):
         return False
-    spec = TrainSpec.read(work / SPEC)
+    own = newest_holder(work)
+    spec = TrainSpec.read(own / SPEC)
     for path in (spec.packed, spec.base_model):
         if not Path(path).exists():
             raise TrainError(
                 f"node {launch.node_rank}: {path} is not there, but node 0 has it; the store and the base model must "
                 "lie under one path on all machines"
             )
-    run_training(work / SPEC, num_processes, work / f"train-node{launch.node_rank}.log", on_line, launch)
+    run_training(own / SPEC, num_processes, own / f"train-node{launch.node_rank}.log", on_line, launch)
     return True
 
 
@@ -56,7 +60,7 @@ def _await_node_0(work: Path, launch: Launch, built: Callable[[], bool], on_line
         beat = Beat.read(path)
         if beat is not None and beat != last:
             last, changed = beat, time.monotonic()
-        if last is not None and last != first and last.state == TRAINING and (work / SPEC).exists():
+        if last is not None and last != first and last.state == TRAINING and (newest_holder(work) / SPEC).exists():
             return True
         if time.monotonic() - changed > launch.ddp_timeout:
             raise TrainError(

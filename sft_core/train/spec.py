@@ -7,6 +7,10 @@ from typing import Any, Self
 
 from sft_core.recipe import TrainConfig
 
+MAPPED = "packed.arrow"
+"""Beside the checkpoints: the packed rows, mapped by all ranks."""
+SILENCE_SECONDS = 45.0
+"""What ranks allow the process that started them, where nobody says: three quarters of a lease."""
 SAMPLES = "samples.jsonl"
 """Beside the checkpoints: answers to the recipe's `sample_prompts`."""
 
@@ -26,6 +30,8 @@ class TrainSpec:
     """Folder that tells where a row comes from."""
     resize: bool = False
     """Whether the newest checkpoint was written by another number of ranks."""
+    silence_seconds: float = SILENCE_SECONDS
+    """Without a sign of life of the process that started them, ranks end themselves after so long."""
 
     @property
     def config(self) -> TrainConfig:

@@ -35,13 +35,17 @@ def main(spec_path: str, ddp_timeout: float) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from sft_core.errors import SftError  # after the environment is set
     from sft_core.quiet import quiet_libraries
+    from sft_core.train.launcher import end_without, launcher_of
     from sft_core.train.ranks import RANKS, Heart, waited_in_vain
     from sft_core.train.spec import TrainSpec
 
     quiet_libraries()
-    heart = Heart(Path(spec_path).parent / RANKS, os.environ.get("RANK", "0"), ddp_timeout)  # beats while torch loads
+    beats = Path(spec_path).parent / RANKS
+    heart = Heart(beats, os.environ.get("RANK", "0"), ddp_timeout)  # beats while torch loads
     try:
-        status = run(TrainSpec.read(Path(spec_path)), heart, ddp_timeout)
+        spec = TrainSpec.read(Path(spec_path))
+        end_without(beats / launcher_of(os.environ), spec.silence_seconds, FAULT)
+        status = run(spec, heart, ddp_timeout)
         if status == EXIT_STOPPED:
             print(f"{STOPPED}saved", flush=True)
         heart.end()
@@ -78,6 +82,7 @@ def run(spec: Any, heart: Any, ddp_timeout: float) -> int:
     from sft_core.train.pulse import Pulse
     from sft_core.train.run_log import RunLog
     from sft_core.train.sequence_parallel import across_ranks
+    from sft_core.train.spec import MAPPED
     from sft_core.train.stopping import Stopping
     from sft_core.train.stream import PackedStream
     from sft_core.train.trainer import PackedTrainer
@@ -86,7 +91,7 @@ def run(spec: Any, heart: Any, ddp_timeout: float) -> int:
     transformers.utils.logging.set_verbosity_error()
     config = spec.config
     pulse = Pulse(heart, ddp_timeout)
-    packed = load_packed(Path(spec.packed), cache=Path(spec.checkpoints) / "packed.arrow")  # mapped, shared by ranks
+    packed = load_packed(Path(spec.packed), cache=Path(spec.checkpoints) / MAPPED)  # mapped, shared by ranks
     rows = config.per_device_train_batch_size * (int(os.environ.get("WORLD_SIZE", 1)) // config.sequence_parallel_size)
     stream = PackedStream(packed, config.num_train_epochs, rows)  # all ranks' rows of a micro-batch together
     max_steps = config.max_steps or math.ceil(stream.rows / (rows * config.gradient_accumulation_steps))

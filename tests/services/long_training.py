@@ -34,7 +34,7 @@ def store_of(stack: Stack, name: str) -> Path:
 
 def newest_step(store: Path) -> int:
     """Optimizer step of the newest checkpoint that a training left in the store; 0 if there is none."""
-    found = [path.parent.name for path in store.glob("train/*/checkpoints/checkpoint-*/trainer_state.json")]
+    found = [path.parent.name for path in store.glob("train/*/checkpoints/*/checkpoint-*/trainer_state.json")]
     return max((int(name.rpartition("-")[2]) for name in found), default=0)
 
 

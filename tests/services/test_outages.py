@@ -123,7 +123,7 @@ def restart_mlflow(stack: Stack) -> None:
 def metrics(stack: Stack, name: str) -> list[dict[str, Any]]:
     """What training has written so far, or in all."""
     folder = stack.folder / f"store-{name}" / "train"
-    files = [*folder.glob("*/metrics.jsonl"), *folder.glob("*/checkpoints/metrics.jsonl")]
+    files = [*folder.glob("*/metrics.jsonl"), *folder.glob("*/checkpoints/*/metrics.jsonl")]
     return read_metrics(files[0]) if files else []
 
 

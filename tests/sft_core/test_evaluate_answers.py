@@ -10,8 +10,9 @@ import pytest
 
 from sft_core.errors import DataError, RecipeError
 from sft_core.evaluate import EvaluatedModel, evaluate_model, harness, harness_parts, read_report, scorer_source
-from sft_core.evaluate.answers import load_scorer, rouge_l, score_answer
+from sft_core.evaluate.answers import behind_thought, load_scorer, rouge_l, score_answer
 from sft_core.evaluate.harness import run_harness
+from sft_core.evaluate.scorer import scoring
 from sft_core.pack import load_chat_template
 from sft_core.recipe import EvaluateConfig
 
@@ -36,6 +37,7 @@ TARGET = 10
         ("!!", "!!", 1.0),
         ("!!", "??", 0.0),
         ("yes", "", 0.0),
+        ("", behind_thought("\u200b"), 1.0),
     ],
 )
 def test_rouge_l_is_the_f1_of_the_longest_common_subsequence(reference: str, answer: str, expected: float) -> None:
@@ -75,6 +77,43 @@ def test_a_scorer_that_returns_no_number_fails_with_the_row(tmp_path: Path, valu
     (tmp_path / "bad.py").write_text(f"def f(messages, reference, answer):\n    return {value}\n")
     with pytest.raises(DataError, match=r"^evaluate.scorer: row r7: "):
         score_answer(load_scorer(f"{tmp_path / 'bad.py'}:f"), "r7", MESSAGES, "a")
+
+
+HOSTILE = {
+    "import sys; sys.exit('enough')": "row r7: SystemExit: enough; it must return a number",
+    "import os; os._exit(3)": r"row r7: its process ended \(exit code 3\)",
+    "import os; os.kill(os.getpid(), 11)": r"row r7: its process ended \(exit code -11\)",
+    "raise KeyboardInterrupt": "row r7: KeyboardInterrupt: ; it must return a number",
+    "while True: pass": "row r7: no answer from it after 2 s, and it was ended",
+    "import re; re.match('(a|a)*b', 'a' * 60)": "row r7: no answer from it after 2 s, and it was ended",
+    "raise ValueError('one' + chr(10) + 'two')": "row r7: ValueError: one two; it must return a number",
+}
+
+
+@pytest.mark.parametrize("body", HOSTILE)
+def test_whatever_a_scorer_does_is_one_error_that_names_the_row(tmp_path: Path, body: str) -> None:
+    (tmp_path / "bad.py").write_text(f"def f(messages, reference, answer):\n    {body}\n")
+    with (
+        pytest.raises(DataError, match=f"^evaluate.scorer: {HOSTILE[body]}") as raised,
+        scoring(f"{tmp_path / 'bad.py'}:f", seconds=2.0) as score,
+    ):
+        score("r7", MESSAGES, "a")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_scorer_that_cannot_be_loaded_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text("import sys\nsys.exit(1)\n")
+    with (
+        pytest.raises(RecipeError, match=r"^evaluate.scorer '.*bad.py:f': .*does not run: SystemExit: 1"),
+        scoring(f"{tmp_path / 'bad.py'}:f"),
+    ):
+        pass
+
+
+def test_a_scorer_keeps_what_it_has_loaded(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("calls = []\ndef f(*_):\n    calls.append(1)\n    return len(calls)\n")
+    with scoring(f"{tmp_path / 'mine.py'}:f") as score:
+        assert [score("r", MESSAGES, "a") for _ in range(3)] == [1.0, 2.0, 3.0]
 
 
 def test_scores_of_the_users_are_kept_by_row_and_averaged(

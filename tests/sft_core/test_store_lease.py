@@ -112,6 +112,38 @@ def test_a_suspended_holder_notices_that_it_lost(files: StoreFiles) -> None:
     assert json.loads(files.cat_file(f"{folder}/00000002.json"))["host"] == "far"
 
 
+def test_a_holder_that_looks_notices_at_once(files: StoreFiles) -> None:
+    folder = f"{files.root}/l"
+    with hold(files, folder, "training ab") as first:
+        first.confirm()
+        elsewhere(files, folder, 2)
+        with pytest.raises(StoreError, match="another one took over"):
+            first.confirm()
+    with hold(files, f"{files.root}/m", "training ab") as first:
+        files.remove(f"{files.root}/m/00000001.json")  # the next one has done its work, and tidied up
+        assert not first.look()
+    assert files.names(f"{files.root}/m") == []  # and it does not write it again
+
+
+def test_what_fails_behind_a_lost_lease_failed_of_that(files: StoreFiles) -> None:
+    def fail(folder: str, lost: bool) -> None:
+        with hold(files, folder, "training ab"):
+            if lost:
+                elsewhere(files, folder, 2)
+            raise FileNotFoundError("a folder is gone")
+
+    with pytest.raises(StoreError, match="another one took over"):
+        fail(f"{files.root}/l", lost=True)
+    with pytest.raises(FileNotFoundError):
+        fail(f"{files.root}/m", lost=False)
+
+
+def test_a_holder_that_is_done_for_good_leaves_nothing(files: StoreFiles) -> None:
+    with hold(files, f"{files.root}/l", "training ab") as first:
+        first.forget()
+    assert files.names(f"{files.root}/l") == []
+
+
 def test_a_lease_that_is_half_written_runs_out_too(files: StoreFiles) -> None:
     folder = f"{files.root}/l"
     files.write(f"{folder}/00000001.json", b'{"host": "f')

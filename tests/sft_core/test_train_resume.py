@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from sft_core.artifacts import StoredFile
 from sft_core.errors import TrainError
 from sft_core.train import TrainInputs, train_adapter
 from sft_core.train.checkpoints import COMPLETE, Counts, keep_newest, mark_complete, newest_complete, read_mark
@@ -18,6 +19,8 @@ from sft_core.train.metrics import read_metrics
 from sft_core.train.world_size import going_on
 from tests.sft_core.train_runs import child_of, config, losses, train, train_here, weights_hash
 
+HASH_OF_1234 = "03ac674216f3e15c761ee1a5e255f067953623c8b388b4459e13f978d7c846f4"
+"""By sha256sum."""
 LAST = 30
 """Optimizer steps; five kills use up fewer."""
 CONFIG = config(
@@ -95,7 +98,10 @@ def test_other_methods_resume_to_the_same_bytes(method: str, packed: Path, tiny_
     section = METHODS[method]
     expected = train(packed, tiny_model, tmp_path / "straight", section)
     kill_once(packed, tiny_model, tmp_path / "killed", section, random.Random(3))
-    found = train(packed, tiny_model, tmp_path / "killed", section)
+    lines: list[str] = []
+    found = train(packed, tiny_model, tmp_path / "killed", section, lines.append)
+    assert any(line.startswith("resuming from checkpoint-") for line in lines)
+    assert not any("passed over" in line for line in lines)  # each of its files is read as data before it is loaded
     assert weights_hash(found) == weights_hash(expected)
     assert losses(found) == losses(expected)
 
@@ -198,6 +204,10 @@ def test_torn_checkpoints_are_deleted_and_the_newest_whole_one_is_taken(tmp_path
     assert not (tmp_path / "checkpoint-12").exists()
     mark = read_mark(tmp_path / "checkpoint-10")
     assert mark is not None
-    assert (mark.world_size, mark.counts, mark.files) == (2, Counts(tokens=10), {"weights": 4})
+    assert (mark.world_size, mark.counts, mark.files) == (
+        2,
+        Counts(tokens=10),
+        {"weights": StoredFile(4, HASH_OF_1234)},
+    )
     keep_newest(tmp_path, 1)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-10"]

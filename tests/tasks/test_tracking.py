@@ -158,12 +158,12 @@ def test_metrics_arrive_while_training_runs_and_a_dead_server_does_not_hold_it_u
     path = tmp_path / "metrics.jsonl"
     names = dict.fromkeys(tracking.TRAINING_METRICS, 1.0)
     with tracking.part_run("train", recipe(), plan()) as run:
-        with run.following(path):
+        with run.following(lambda: path):
             path.write_text(json.dumps({**names, "optimizer_step": 1, "time": 1001}) + "\n")
             deadline = time.monotonic() + ARRIVAL_SECONDS
             while not client.get_metric_history(run.run_id, "train/loss") and time.monotonic() < deadline:
                 time.sleep(0.05)
             assert len(client.get_metric_history(run.run_id, "train/loss")) == 1
         missing = tracking.PartRun("no-such-run", run.parent_run_id)
-        with missing.following(path):
+        with missing.following(lambda: path):
             time.sleep(0.3)  # every sending fails; nothing is raised here
