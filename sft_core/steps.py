@@ -14,6 +14,7 @@ from sft_core import stop
 from sft_core.artifacts import KIND_OF_STEP, Artifact, Manifest, Outcome, check_ledger
 from sft_core.base_model import local_base_model
 from sft_core.convert import ConvertOptions, convert_checkpoint
+from sft_core.credentials import credentials_hidden
 from sft_core.errors import SourceError
 from sft_core.evaluate import EvaluatedModel, evaluate_model
 from sft_core.fetch import describe_source, fetch_dataset
@@ -86,6 +87,7 @@ class Retraining:
         return local_base_model(self.recipe.base_model, self.plan.base_commit)
 
 
+@credentials_hidden()
 def run_step(run: Retraining, key: str) -> Built:
     """Reuse or build the artifact of `key`. What it reads must be in the store."""
     stop.check()

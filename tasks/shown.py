@@ -21,6 +21,7 @@ from prefect.runtime import flow_run
 from prefect.utilities.urls import url_for
 
 from sft_core.artifacts import Manifest
+from sft_core.credentials import without_credentials
 from sft_core.lineage.card import scores_table
 from sft_core.plan import Plan
 from sft_core.recipe import Recipe
@@ -198,5 +199,6 @@ def _name_flow_run(run_id: str, flow_run_id: str) -> None:
     client().set_tag(run_id, FLOW_RUN, flow_run_id)
     page = url_for("flow-run", flow_run_id)
     if page is not None:
+        page = without_credentials(page)
         client().set_tag(run_id, FLOW_RUN_URL, page)
         client().set_tag(run_id, NOTE, f"[Prefect flow run]({page})")
