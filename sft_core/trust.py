@@ -188,6 +188,6 @@ def _entries(variable: str) -> list[str]:
 def _way_out() -> str:
     here = " and ".join(map(str, project_folders())) or "the project's folder"
     return (
-        f"code is taken from {here}, the recipe's folder, and what {MODULES} names (modules, folders). Write a function "
-        "of your own there, or set that variable"
+        f"code is taken from {here}, the recipe's folder, and what {MODULES} names (modules, folders). Write a "
+        "function of your own there, or set that variable"
     )

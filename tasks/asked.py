@@ -1,8 +1,8 @@
 """Who asked for a flow run, and what its parameters may therefore name.
 
-In: a flow's parameters. Out: the resolved recipe and the plan. A run of a deployment was asked for by whoever reaches the
-Prefect server: `sft_core.recipe.foreign`. Any other run was started by its own process (`sft run`), whose user may name
-what he can read.
+In: a flow's parameters. Out: the resolved recipe and the plan. A run of a deployment was asked for by whoever reaches
+the Prefect server: `sft_core.recipe.foreign`. Any other run was started by its own process (`sft run`), whose user may
+name whatever that user can read.
 """
 
 import re

@@ -1,9 +1,10 @@
-"""`resolve` for those who ask a server: the form, its API, a schedule. They name things; they do not get to read, or run,
-what the project's owner did not put there.
+"""`resolve` for those who ask a server: the form, its API, a schedule. They read and run only
+what the project's owner put there.
 
 In: the parameters of a deployment's flow run. Out: the resolved recipe, or a RecipeError that names keys and no values.
 What a recipe in the project's folder says is its owner's word; what a parameter says, a recipe from a URL, and a whole
-recipe as a parameter (that of a part) is not. `sft_core.trust` decides on each file and URL, docs/security.md lists them.
+recipe as a parameter (that of a part) is not. `sft_core.trust` decides on each file and URL; docs/security.md has them
+all.
 """
 
 import glob
@@ -73,9 +74,9 @@ def _require(allowed: bool, key: str, kind: str) -> None:
     """The same words whether or not there is such a file."""
     if not allowed:
         raise RecipeError(
-            f"{key}: a run that was asked for from the server may name {kind} in the project's folder (SFT_PROJECT_DIR of "
-            f"the worker; links and `..` out of it do not count, nor names that begin with a dot), or what {PATHS} of the "
-            "worker's environment begins with; this is neither"
+            f"{key}: a run that was asked for from the server may name {kind}, and files only in the project's folder "
+            f"(SFT_PROJECT_DIR of the worker; not by links or `..` out of it, not below a name that begins with a dot) "
+            f"or in what {PATHS} of the worker's environment names, which is for URLs too; this is neither"
         )
 
 
