@@ -117,19 +117,14 @@ def _is_allowed_url(url: str) -> bool:
     plain = unquote(unquote(url))
     if "::" in plain or "\\" in plain or ".." in re.split("[/?#]", plain):
         return False
-    allowed = [entry for entry in _entries(PATHS) if SCHEME.match(entry)]
-    return any(_canonical(url).startswith(_canonical(entry)) and _ends_a_name(url, entry) for entry in allowed)
+    return any(_whole_names(url).startswith(_whole_names(entry)) for entry in _entries(PATHS) if SCHEME.match(entry))
 
 
-def _canonical(url: str) -> str:
-    """Scheme and host in lower case."""
+def _whole_names(url: str) -> str:
+    """Scheme and host in lower case, and one `/` at the end: `s3://a/b` is no beginning of `s3://a/bc`."""
     scheme, mark, rest = url.partition("://")
     host, slash, path = rest.partition("/")
-    return f"{scheme.lower()}{mark}{host.lower()}{slash}{path}" if mark else url
-
-
-def _ends_a_name(url: str, entry: str) -> bool:
-    return entry.endswith("/") or len(url) == len(entry) or url[len(entry)] == "/"
+    return f"{scheme.lower()}{mark}{host.lower()}{slash}{path}".rstrip("/") + "/"
 
 
 def _is_trusted_file(path: Path) -> bool:
