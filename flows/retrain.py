@@ -36,13 +36,14 @@ from sft_core.recipe.overrides import (
 )
 from sft_core.recipe.show import as_markdown
 from tasks.asked import resolve_asked
+from tasks.fetch import source_name
 from tasks.run_step import call
 from tasks.schedule import reason_to_skip
 from tasks.shown import artifact_key, show_retraining
 
 
 def _run_name() -> str:
-    return f"retrain {PurePath(flow_run.parameters['recipe']).stem}"
+    return f"retrain {PurePath(source_name(flow_run.parameters['recipe'])).stem}"
 
 
 @flow(name="retrain", flow_run_name=_run_name, on_cancellation=[cancel_children], on_crashed=[cancel_children])

@@ -107,7 +107,8 @@ def _hide_in_record(record: logging.LogRecord) -> None:
         return
     if holds_credential(said):
         record.msg, record.args = without_credentials(said), None
-    if record.exc_info:
+    if record.exc_info and record.exc_info[1] is not None:
+        hide_credentials(record.exc_info[1])  # for formatters that write tracebacks of their own
         record.exc_text = without_credentials(logging.Formatter().formatException(record.exc_info))
 
 

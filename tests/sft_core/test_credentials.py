@@ -179,6 +179,11 @@ def test_what_a_process_of_ours_logs_holds_none(tmp_path: Path, module: str) -> 
     assert "RuntimeError: postgresql://***@db/mlflow is away" in done.stdout
 
 
+class OwnTraceback(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.getMessage()}\n{record.exc_info[1]!r}" if record.exc_info else record.getMessage()
+
+
 def test_a_formatter_of_ones_own_gets_none_either() -> None:
     from sft_core.credentials import hide_in_logs
 
@@ -190,6 +195,11 @@ def test_a_formatter_of_ones_own_gets_none_either() -> None:
         log = logging.Logger("mine")
         log.addHandler(handler)
         log.error({"url": "https://me:swordfish@host"})
+        handler.setFormatter(OwnTraceback("%(message)s"))
+        try:
+            raise OSError("https://me:swordfish@host is away")
+        except OSError:
+            log.exception("failed")
     finally:
         logging.setLogRecordFactory(before)
-    assert out.getvalue() == "ERROR|{'url': 'https://***@host'}\n"
+    assert out.getvalue() == "ERROR|{'url': 'https://***@host'}\nfailed\nOSError('https://***@host is away')\n"
