@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sft_core.artifacts import Manifest
+from sft_core.credentials import holds_credential, without_credentials
 from sft_core.evaluate.report import answers_ended
 from sft_core.plan import Plan
 from sft_core.recipe import Recipe
@@ -150,9 +151,8 @@ def _to_decide(ended: Ended) -> list[tuple[str, str]]:
         for answer in ("promote", "reject"):
             lines.append((answer, f'{_given()}{_programs()}sft models {answer} {version} --reason "..."'))
         if "PREFECT_API_URL" in os.environ:
-            lines.append(
-                ("or in", f"{os.environ['PREFECT_API_URL'].removesuffix('/api')}: the run promote-NAME-VERSION")
-            )
+            server = without_credentials(os.environ["PREFECT_API_URL"]).removesuffix("/api")
+            lines.append(("or in", f"{server}: the run promote-NAME-VERSION"))
     return lines
 
 
@@ -160,20 +160,26 @@ def _programs() -> str:
     return "" if shutil.which("sft") else f"{os.path.relpath(Path(sys.executable).parent)}/"
 
 
+def _without_secret(variable: str) -> str:
+    """Its value, or where that holds a password, the variable as a shell reads it."""
+    value = os.environ.get(variable, "")
+    return f'"${variable}"' if holds_credential(value) else value
+
+
 def _given() -> str:
-    tracking = os.environ.get("MLFLOW_TRACKING_URI")
+    tracking = _without_secret("MLFLOW_TRACKING_URI")
     return f"MLFLOW_TRACKING_URI={tracking} " if tracking else ""
 
 
 def _commands(recipe: Recipe, ended: Ended) -> list[tuple[str, str]]:
     """What to type to talk to the model and to look at the run; where a server is configured, its address."""
     programs = _programs()
-    tracking = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{Path('mlflow.db').resolve()}")
+    tracking = _without_secret("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
     home = f"PREFECT_HOME={os.environ['PREFECT_HOME']} " if "PREFECT_HOME" in os.environ else ""
     mlflow_ui = f"{programs}mlflow ui --backend-store-uri {tracking}   (then http://127.0.0.1:5000)"
     prefect_ui = f"{home}{programs}prefect server start   (then http://127.0.0.1:4200)"
     if "PREFECT_API_URL" in os.environ:
-        prefect_ui = os.environ["PREFECT_API_URL"].removesuffix("/api")
+        prefect_ui = without_credentials(os.environ["PREFECT_API_URL"]).removesuffix("/api")
     return [
         *(("chat", f"{_given()}{programs}sft chat {model}") for model in _models(recipe, ended)),
         ("MLflow", tracking if tracking.startswith("http") else mlflow_ui),

@@ -9,7 +9,8 @@ from prefect import tags
 from flows.handover import hand_over
 from flows.unwanted import ends_when_unwanted
 from sft_core.plan import Plan, plan_recipe
-from sft_core.recipe import Recipe, resolve
+from sft_core.recipe import Recipe
+from tasks.asked import plan_asked, resolve_asked
 from tasks.automations import TAG
 from tasks.run_step import Job
 from tasks.shown import link_runs
@@ -19,8 +20,8 @@ from tasks.tracking import part_run
 @contextmanager
 def open_job(part: str, recipe: Mapping[str, Any] | str, plan: Mapping[str, Any] | None) -> Iterator[Job]:
     """The part's job. Started by hand, a part gets no plan and makes it itself."""
-    resolved: Recipe = resolve(recipe)
-    planned = Plan.from_dict(plan) if plan is not None else plan_recipe(resolved)
+    resolved: Recipe = resolve_asked(recipe)
+    planned = plan_asked(plan) if plan is not None else plan_recipe(resolved)
     with ends_when_unwanted(), part_run(part, resolved, planned) as run:
         link_runs(part, resolved.name, run)
         yield Job(recipe=resolved, plan=planned, part=run)

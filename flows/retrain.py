@@ -20,7 +20,7 @@ from flows.publish import publish
 from flows.train import train as train_flow
 from flows.unwanted import ends_when_unwanted
 from sft_core.plan import Plan, plan_recipe
-from sft_core.recipe import Recipe, resolve
+from sft_core.recipe import Recipe
 from sft_core.recipe.overrides import (
     BaseModelOverrides,
     ComputeOverrides,
@@ -35,14 +35,16 @@ from sft_core.recipe.overrides import (
     collect_overrides,
 )
 from sft_core.recipe.show import as_markdown
+from tasks.asked import resolve_asked
 from tasks.comparable import require_comparable_champion
+from tasks.fetch import source_name
 from tasks.run_step import call
 from tasks.schedule import reason_to_skip
 from tasks.shown import artifact_key, show_retraining
 
 
 def _run_name() -> str:
-    return f"retrain {PurePath(flow_run.parameters['recipe']).stem}"
+    return f"retrain {PurePath(source_name(flow_run.parameters['recipe'])).stem}"
 
 
 @flow(name="retrain", flow_run_name=_run_name, on_cancellation=[cancel_children], on_crashed=[cancel_children])
@@ -63,7 +65,7 @@ def retrain(  # noqa: PLR0913 - one parameter a section, as the form shows them
     `Cancelled` with its part.
 
     Args:
-        recipe: Name of a shipped recipe, a path, or an fsspec URL.
+        recipe: Name of a shipped recipe or a .yaml file of the project; of a deployment that allows it, a URL.
         general: Name, seed, store and held-out fraction, where they differ from the recipe.
         base_model: Keys that differ from the recipe.
         schedule: Keys that differ from the recipe.
@@ -86,7 +88,7 @@ def retrain(  # noqa: PLR0913 - one parameter a section, as the form shows them
         "register": register,
         "compute": compute,
     }
-    resolved = resolve(recipe, collect_overrides(general, sections))
+    resolved = resolve_asked(recipe, collect_overrides(general, sections))
     create_markdown_artifact(
         as_markdown(resolved), artifact_key("recipe", resolved.name), "The resolved recipe of this run"
     )

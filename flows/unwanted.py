@@ -20,6 +20,7 @@ from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 
 from sft_core import stop
+from sft_core.credentials import credentials_hidden
 
 LOOK_SECONDS = 30.0
 
@@ -37,7 +38,7 @@ def ends_when_unwanted() -> Iterator[None]:
     if run is not None and run.deployment_id is not None:
         threading.Thread(target=_watch, args=(run.id, done), daemon=True).start()
     try:
-        with stop.insisting():
+        with credentials_hidden(), stop.insisting():
             yield
     finally:
         done.set()

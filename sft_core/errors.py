@@ -12,12 +12,17 @@ SftError
  +-- ModelError       a checkpoint, adapter or model folder is wrong
  +-- RegistryError    MLflow's registry refused or lacks something
 
-A message says what (with the value), where (file, row, key) and what to do.
+A message says what (with the value), where (file, row, key) and what to do. Secrets of URLs in it are shown as `***`.
 """
+
+from sft_core.credentials import without_credentials
 
 
 class SftError(Exception):
     """Base of all faults that a user can mend; the command line prints it without a traceback."""
+
+    def __init__(self, *said: object) -> None:
+        super().__init__(*(without_credentials(part) if isinstance(part, str) else part for part in said))
 
 
 class RecipeError(SftError):

@@ -16,6 +16,7 @@ from sft_core.artifacts import KIND_OF_STEP, Artifact, Manifest, Outcome, check_
 from sft_core.as_planned import refuse_changes
 from sft_core.base_model import local_base_model
 from sft_core.convert import ConvertOptions, convert_checkpoint
+from sft_core.credentials import credentials_hidden
 from sft_core.disk_faults import disk_fault, naming_disk_faults
 from sft_core.errors import PlanError, StoreError
 from sft_core.evaluate import EvaluatedModel, evaluate_model
@@ -94,6 +95,7 @@ class Retraining:
         return local_base_model(self.recipe.base_model, self.plan.base_commit)
 
 
+@credentials_hidden()
 def run_step(run: Retraining, key: str) -> Built:
     """Reuse or build the artifact of `key`. What it reads must be in the store."""
     with naming_disk_faults(key, f"in {run.store.url} or TMPDIR"):

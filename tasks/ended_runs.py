@@ -9,6 +9,7 @@ from mlflow.exceptions import MlflowException
 
 from sft_core.plan import Plan
 from sft_core.recipe import Recipe
+from tasks.patience import first_line
 from tasks.tracking import client, find_run
 
 
@@ -20,4 +21,4 @@ def end_run(part: str, recipe: Recipe, plan: Plan) -> None:
             if run_id is not None and client().get_run(run_id).info.status == "RUNNING":
                 client().set_terminated(run_id, "KILLED")
     except MlflowException as error:
-        logging.getLogger(__name__).warning("MLflow runs not ended: %s", str(error).splitlines()[0])
+        logging.getLogger(__name__).warning("MLflow runs not ended: %s", first_line(error))

@@ -3,6 +3,7 @@
 import os
 from functools import cache
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import mlflow
 from mlflow.tracking import MlflowClient
@@ -24,8 +25,21 @@ def migrate_alone(tracking_uri: str, registry_uri: str) -> None:
             client.search_registered_models(max_results=1)
 
 
+def take_password_out() -> None:
+    """Name and password of MLFLOW_TRACKING_URI go to the two variables that MLflow has for them: its client repeats the
+    address in errors, logs and links. Processes that this one starts find it so."""
+    url = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    name, at, host = url.netloc.rpartition("@")
+    if not at or url.scheme not in ("http", "https"):
+        return
+    user, _, password = name.partition(":")
+    os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(user), unquote(password)
+    os.environ["MLFLOW_TRACKING_URI"] = url._replace(netloc=host).geturl()
+
+
 def migrate_current() -> None:
     """The databases that MLFLOW_TRACKING_URI and MLFLOW_REGISTRY_URI name."""
+    take_password_out()
     migrate_alone(mlflow.get_tracking_uri(), mlflow.get_registry_uri())
 
 

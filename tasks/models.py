@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from sft_core import stop
 from sft_core.errors import RegistryError
 from sft_core.load_check import check_loads
+from sft_core.trust import require_remote_code
 from tasks.approval import read_approval, record_answer
 from tasks.lineage import read_recorded
 from tasks.registry import (
@@ -185,5 +186,7 @@ def _require_unmoved(model_name: str, champion: RegisteredVersion | None) -> Non
 def _check(model_name: str, version: RegisteredVersion) -> None:
     recorded = read_recorded(model_name, version)
     trust = bool(recorded.recipe["base_model"]["trust_remote_code"])
+    if trust:
+        require_remote_code(f"{model_name} version {version.number} was made with base_model.trust_remote_code")
     folder = model_folder(model_name, version)
     check_loads(folder, recorded.manifests.get("merge") or recorded.manifests.get("convert"), trust_remote_code=trust)

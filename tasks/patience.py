@@ -18,6 +18,7 @@ import requests
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from sft_core.credentials import credentials_hidden, without_credentials
 from sft_core.errors import SftError
 from tasks.mlflow_database import migrate_current
 
@@ -50,6 +51,7 @@ def new_client() -> MlflowClient:
     return MlflowClient()
 
 
+@credentials_hidden()
 def patiently(call: Callable[..., Value], *arguments: Any, **options: Any) -> Value:
     """`call(*arguments, **options)`, again while no server answers. TrackingError when the patience is used up."""
     patience = float(os.environ.get(PATIENCE, PATIENCE_SECONDS))
@@ -76,4 +78,4 @@ def is_away(error: MlflowException) -> bool:
 
 def first_line(error: Exception) -> str:
     """Of what an exception says, at most 200 characters."""
-    return (str(error).splitlines() or [""])[0][:200]
+    return (without_credentials(str(error)).splitlines() or [""])[0][:200]

@@ -11,6 +11,7 @@ from typing import Any
 from prefect import get_run_logger, task
 
 from sft_core import stop
+from sft_core.credentials import credentials_hidden
 from sft_core.errors import RegistryError
 from sft_core.plan import plan_champion
 from sft_core.register import Verdict, verdict_table
@@ -68,6 +69,7 @@ def registered_summary(model_name: str, merged_fingerprint: str) -> dict[str, An
 
 
 @task(name="register", task_run_name="register {job.recipe.model_name}", **STEP)
+@credentials_hidden()
 def register(job: Job, champion: RegisteredVersion | None) -> dict[str, Any]:
     """Judge, log the merged model, register a version, move the aliases. Returns version, aliases and verdict."""
     name, merged = job.recipe.model_name, job.plan["merge"].fingerprint

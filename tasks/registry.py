@@ -14,6 +14,7 @@ import mlflow
 from mlflow.exceptions import MlflowException
 
 from sft_core.errors import RegistryError
+from sft_core.markdown import as_text
 from tasks.tracking import client, download_model
 
 MERGED = "sft.merged_fingerprint"
@@ -169,7 +170,7 @@ def read_verdict_table(version: RegisteredVersion) -> str:
     try:
         return str(mlflow.artifacts.load_text(f"runs:/{version.tags.get(RUN)}/{VERDICT_TABLE}"))
     except MlflowException:
-        return version.verdict
+        return as_text(version.verdict)
 
 
 def _bar_key(merged_fingerprint: str) -> str:

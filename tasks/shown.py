@@ -21,7 +21,9 @@ from prefect.runtime import flow_run
 from prefect.utilities.urls import url_for
 
 from sft_core.artifacts import Manifest
+from sft_core.credentials import without_credentials
 from sft_core.lineage.card import scores_table
+from sft_core.markdown import as_text
 from sft_core.plan import Plan
 from sft_core.recipe import Recipe
 from sft_core.register.charts import HEIGHT, WIDTH, line_chart
@@ -71,7 +73,7 @@ def show_version(registered: Mapping[str, Any]) -> None:
         with only_shown("the link to the model version"):
             text = f"{name} version {number}"
             aliases = ", ".join(registered["aliases"]) or "no alias"
-            words = f"{text} ({aliases}): {registered['verdict']}"
+            words = as_text(f"{text} ({aliases}): {registered['verdict']}")
             create_link_artifact(page, text, artifact_key("version", name), words)
 
 
@@ -121,8 +123,8 @@ def report_text(registered: Mapping[str, Any], scores: str, losses: Losses, link
     """Markdown. `scores` and `links` are Markdown too, and may be empty."""
     promoted, _, reasons = registered["verdict"].partition(": ")
     sections = [
-        f"# {registered['model_name']} version {registered['version']}: {promoted}",
-        "\n".join(f"- {reason}" for reason in reasons.split("; ")),
+        f"# {as_text(registered['model_name'])} version {registered['version']}: {as_text(promoted)}",
+        "\n".join(f"- {as_text(reason)}" for reason in reasons.split("; ")),
         links,
         f"## Scores on held-out rows\n\n{scores}" if scores else "",
         f"## Training loss\n\n{curve_image(losses)}" if len(losses) > 1 else "",
@@ -198,5 +200,6 @@ def _name_flow_run(run_id: str, flow_run_id: str) -> None:
     client().set_tag(run_id, FLOW_RUN, flow_run_id)
     page = url_for("flow-run", flow_run_id)
     if page is not None:
+        page = without_credentials(page)
         client().set_tag(run_id, FLOW_RUN_URL, page)
         client().set_tag(run_id, NOTE, f"[Prefect flow run]({page})")

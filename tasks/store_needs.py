@@ -7,6 +7,7 @@ gives its artifacts up.
 
 import re
 
+from sft_core.credentials import without_credentials
 from tasks.registry import model_names, read_versions
 from tasks.tracking import client
 
@@ -26,4 +27,4 @@ def registered_fingerprints() -> dict[str, str]:
 
 def registry_uri() -> str:
     """Which registry was asked."""
-    return str(client().tracking_uri)
+    return without_credentials(str(client().tracking_uri))

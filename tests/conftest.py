@@ -73,6 +73,12 @@ def process_as_found() -> Iterator[None]:
     os.chdir(folder)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def folders_of_tests(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Code that tests write is trusted, wherever the test's current folder is."""
+    os.environ["SFT_TRUSTED_MODULES"] = str(tmp_path_factory.getbasetemp())
+
+
 @pytest.fixture(autouse=True)
 def signals_as_found() -> Iterator[None]:
     """A command that a test calls as a function goes on listening: the next test's SIGINT would be its own."""

@@ -13,6 +13,7 @@ from typing import Any
 from sft_core.errors import RecipeError
 from sft_core.fingerprint import hash_folder
 from sft_core.recipe import EvaluateConfig
+from sft_core.trust import require_code_file
 
 TASK_KEY = re.compile(r"^task:\s*[\"']?([\w.-]+)", re.MULTILINE)
 MISSING = "evaluate.harness_tasks needs lm-evaluation-harness; install the extra: pip install 'sft-flows[harness]'"
@@ -39,6 +40,7 @@ def run_harness(folder: Path, config: EvaluateConfig, *, trust_remote_code: bool
         from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
     except ImportError as error:
         raise RecipeError(MISSING) from error
+    names = [task_name(task) for task in config.harness_tasks]
     files = [Path(task).resolve() for task in config.harness_tasks if _is_file(task)]
     manager = TaskManager(
         include_path=sorted({str(file.parent) for file in files}) or None,
@@ -47,7 +49,7 @@ def run_harness(folder: Path, config: EvaluateConfig, *, trust_remote_code: bool
     found = lm_eval.simple_evaluate(
         model="hf",
         model_args={"pretrained": str(folder), "trust_remote_code": trust_remote_code},
-        tasks=[task_name(task) for task in config.harness_tasks],
+        tasks=names,
         limit=config.harness_limit,
         batch_size=config.batch_size,
         device=_device(),
@@ -65,6 +67,7 @@ def task_name(task: str) -> str:
     path = Path(task)
     if not path.is_file():
         raise RecipeError(f"evaluate.harness_tasks: no file {path} (looked in {Path.cwd()})")
+    require_code_file(path, "evaluate.harness_tasks")  # a task's `!function` is code
     found = TASK_KEY.search(path.read_text("utf-8"))
     if found is None:
         raise RecipeError(f"evaluate.harness_tasks: {path} has no line `task: NAME`")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from sft_core.artifacts import Manifest
 from sft_core.evaluate.report import answers_ended
+from sft_core.markdown import as_code, as_text
 from sft_core.plan import Plan
 from sft_core.recipe import Recipe
 
@@ -20,14 +21,17 @@ def model_card(recipe: Recipe, plan: Plan, manifests: Mapping[str, Manifest], ve
     base = recipe.base_model.path + (f" at {plan.base_commit}" if plan.base_commit else "")
     scores = scores_table(manifests)
     sections = [
-        f"# {recipe.model_name}\n\n`{base}` tuned by the recipe `{recipe.name}`.\n\n{verdict}.",
-        "## Data\n\n" + "\n".join(f"- `{d.path}` ({d.split}), read by `{d.map_fn}`" for d in recipe.datasets),
+        f"# {as_text(recipe.model_name)}\n\n{as_code(base)} tuned by the recipe {as_code(recipe.name)}.",
+        f"{as_text(verdict)}.",
+        "## Data\n\n"
+        + "\n".join(f"- {as_code(d.path)} ({as_text(d.split)}), read by {as_code(d.map_fn)}" for d in recipe.datasets),
         _rows(manifests),
         _training(recipe, manifests),
         f"## Scores\n\n{scores}" if scores else "",
         f"## Use\n\nChat messages in, one answer out: `models:/{recipe.model_name}@champion` loads in transformers\n"
         "and pyfunc, and serves with `mlflow models serve`. The chat template is the one of training.",
-        "## Ancestry\n\n" + "\n".join(f"- {key}: `{step.fingerprint}`" for key, step in plan.steps.items()),
+        "## Ancestry\n\n"
+        + "\n".join(f"- {as_text(key)}: {as_code(step.fingerprint)}" for key, step in plan.steps.items()),
     ]
     return "\n\n".join(section for section in sections if section)[:MAX_CHARACTERS]
 
@@ -48,8 +52,10 @@ def _training(recipe: Recipe, manifests: Mapping[str, Manifest]) -> str:
     lines = [f"- {method}; base weights: {train.quantization}", f"- learning rate {train.learning_rate:g}"]
     if "train" in manifests:
         manifest = manifests["train"]
-        lines.append(f"- {manifest.facts['optimizer_steps']:,} optimizer steps on {manifest.device}")
-        lines.append("- " + ", ".join(f"{name} {number}" for name, number in manifest.versions.items()))
+        lines.append(f"- {manifest.facts['optimizer_steps']:,} optimizer steps on {as_text(manifest.device)}")
+        lines.append(
+            "- " + ", ".join(f"{as_text(name)} {as_text(number)}" for name, number in manifest.versions.items())
+        )
     return "## Training\n\n" + "\n".join(lines)
 
 

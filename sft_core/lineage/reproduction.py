@@ -19,6 +19,7 @@ from sft_core.plan import Plan
 from sft_core.recipe import resolve
 from sft_core.steps import Retraining, run_step
 from sft_core.store import Store
+from sft_core.trust import require_remote_code
 
 ABOUT_THE_RUN = (
     "metrics.jsonl",
@@ -52,6 +53,8 @@ def reproduce(
 ) -> Iterator[Compared]:
     """Build step by step into `store`, and compare each with its recorded manifest."""
     recipe = resolve({**recorded.recipe, "store": store.url})
+    if recipe.base_model.trust_remote_code:
+        require_remote_code("the recorded recipe sets base_model.trust_remote_code")
     plan = Plan.from_dict(recorded.plan)
     run = Retraining(recipe, plan, store, on_line)
     for key in plan.steps:

@@ -17,6 +17,7 @@ from sft_core.fingerprint import hash_text
 from sft_core.normalize.load import missing_file, nearest, refuse_collision, shipped_name, split_name
 from sft_core.normalize.map_fns import MAP_FNS_VERSION
 from sft_core.own_packages import module_file, search_folders
+from sft_core.trust import require_code_file, require_module
 
 Block = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -31,9 +32,11 @@ def map_fn_source(name: str) -> dict[str, Any]:
         path = Path(where).resolve()
         if not path.is_file():
             raise missing_file(Path(where), name)
+        require_code_file(path, f"map_fn {name!r}")
         project = _Project(path.parent, own=path.stem, path=path)
     else:
         root = find_root(where, name)
+        require_module(where, f"map_fn {name!r}")
         project = _Project(root, own=where, path=module_file(root, where), name=name)
     own = project.module(project.own)
     if function not in own.known() and not own.stars:

@@ -1,7 +1,8 @@
 """From the name of a map_fn to the function.
 
 In: a shipped name (`alpaca`, or XTuner's `alpaca_map_fn`), `package.module:function` or `path.py:function`.
-Out: the function, row -> dict. RecipeError says what is missing and what there is instead.
+Out: the function, row -> dict. RecipeError says what is missing and what there is instead, or that code from there is
+not to be run (`sft_core.trust`).
 """
 
 import difflib
@@ -16,6 +17,7 @@ from typing import Any
 from sft_core.errors import RecipeError
 from sft_core.normalize.map_fns import ALIASES, MAP_FNS
 from sft_core.own_packages import NAMES, also_found_in, find_collision, hold_free_names
+from sft_core.trust import require_code_file, require_module, require_own
 
 _LOADED: dict[str, dict[str, Any]] = {}
 """Who a map_fn was (`map_fn_source`) when this process imported it."""
@@ -45,6 +47,7 @@ def load_map_fn(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
         raise RecipeError(f"map_fn {name!r}: {where} has no function {function_name!r}{nearest(function_name, there)}")
     if not callable(function):
         raise RecipeError(f"map_fn {name!r}: {function_name} is a {type(function).__name__}, not a function")
+    require_own(function, module.__name__, f"map_fn {name!r}")
     return function  # type: ignore[no-any-return]
 
 
@@ -82,6 +85,7 @@ def missing_file(path: Path, name: str) -> RecipeError:
 def _run_file(path: Path, name: str) -> ModuleType:
     if not path.is_file():
         raise missing_file(path, name)
+    require_code_file(path, f"map_fn {name!r}")
     module = ModuleType(f"map_fn_file_{path.stem}")
     module.__file__ = str(path.resolve())
     sys.modules[module.__name__] = module  # where dataclasses and pickle look for it
@@ -128,8 +132,9 @@ def _import_module(module: str, name: str) -> ModuleType:
     if "" not in sys.path:
         sys.path.append("")  # the current folder, last: it hides nothing; it stays, for imports inside functions
     hold_free_names()
+    require_module(module, f"map_fn {name!r}")
     try:
-        return importlib.import_module(module)
+        found = importlib.import_module(module)
     except ImportError as error:
         missing = error.name or module
         for end in range(missing.count(".") + 1):
@@ -139,6 +144,8 @@ def _import_module(module: str, name: str) -> ModuleType:
         raise RecipeError(f"map_fn {name!r}: importing it failed: {type(error).__name__}: {error}") from error
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's module may raise anything
         raise RecipeError(f"map_fn {name!r}: importing it failed: {type(error).__name__}: {error}") from error
+    require_module(module, f"map_fn {name!r}")  # what was loaded, whatever the search before found
+    return found
 
 
 def _refuse_edited(name: str) -> None:

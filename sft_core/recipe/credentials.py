@@ -1,19 +1,13 @@
 """No secret is ever a parameter: recipes are shown in Prefect and MLflow.
 
-In: a recipe's values. Out: RecipeError that names the key of a URL with a name and password, or a signature, in it.
+In: a recipe's values. Out: RecipeError that names the key of a URL with a secret in it (`sft_core.credentials`).
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
+from sft_core.credentials import holds_credential
 from sft_core.errors import RecipeError
-
-NAME_AND_PASSWORD = re.compile(r"^[a-z][a-z0-9+.-]*(::[a-z0-9+.-]+)*://[^/@\s]+:(?!\d+/)[^@\s]+@", re.IGNORECASE)
-"""`s3://key:secret@bucket`; a port (`host:8080/a@b`) is none."""
-SIGNATURE = re.compile(
-    r"://.*[?&](sig|signature|token|access_token|api_key|x-amz-(signature|credential|security-token))=", re.IGNORECASE
-)
 
 
 def refuse_credentials(value: Any, where: str, key: str = "") -> None:
@@ -38,8 +32,3 @@ def refuse_credentials(value: Any, where: str, key: str = "") -> None:
             "and put\n  it into the environment of what reads it, the workers (s3://: AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY)"
         )
-
-
-def holds_credential(text: str) -> bool:
-    """Whether `text` is a URL with a name and password, or with a signature."""
-    return bool(NAME_AND_PASSWORD.match(text) or SIGNATURE.search(text))

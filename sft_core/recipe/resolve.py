@@ -1,4 +1,7 @@
-"""Resolve once, at the border: a recipe by name, path or URL, plus overrides, becomes one frozen `Recipe`."""
+"""Resolve once, at the border: a recipe by name, path or URL, plus overrides, becomes one frozen `Recipe`.
+
+Here whoever asks is whoever started the process: any file may be named. `foreign.py` is for those who ask a server.
+"""
 
 import difflib
 import os
@@ -12,34 +15,52 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from sft_core.errors import RecipeError
+from sft_core.recipe.code import is_remote, refuse_brought_code
 from sft_core.recipe.credentials import refuse_credentials
 from sft_core.recipe.sections import Recipe
+from sft_core.trust import trust_folder
 
 
 def resolve(recipe: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Merge `overrides` key by key into `recipe` and validate the whole. RecipeError names every wrong key."""
     if isinstance(recipe, Mapping):
-        where, values = "the recipe", dict(recipe)
-    else:
-        where, values = str(recipe), load_recipe(recipe)
+        return validated("the recipe", dict(recipe), overrides)
+    values = load_recipe(recipe)
+    if is_remote(str(recipe)):
+        refuse_brought_code(values, str(recipe))
+    elif Path(recipe).is_file():
+        trust_folder(Path(recipe).parent)
+    return validated(str(recipe), values, overrides)
+
+
+def validated(
+    where: str, values: Mapping[str, Any], overrides: Mapping[str, Any] | None, *, show_values: bool = True
+) -> Recipe:
+    """The recipe that `values` with `overrides` make. RecipeError names every wrong key of it, and its value."""
     merged = merge_keys(values, overrides or {})
     refuse_credentials(merged, where)
     try:
         return Recipe.model_validate(merged)
     except ValidationError as error:
-        raise RecipeError(_explain(error, where)) from None
+        raise RecipeError(_explain(error, where, show_values)) from None
 
 
-def load_recipe(recipe: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a recipe's YAML from a shipped name, a path, or any fsspec URL."""
+def load_recipe(recipe: str | os.PathLike[str], *, show_values: bool = True) -> dict[str, Any]:
+    """Read a recipe's YAML from a shipped name, a path, or any fsspec URL. Without `show_values` no error repeats what
+    is in it."""
     text = read_recipe(str(recipe))
     try:
         values = yaml.load(text, UniqueKeys)  # a SafeLoader
     except yaml.YAMLError as error:
-        raise RecipeError(f"{recipe}: not YAML: {error}") from None
+        raise RecipeError(f"{recipe}: not YAML: {error if show_values else _place(error)}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{recipe}: a recipe is a mapping of keys, this is {type(values).__name__}; see recipes/")
     return values
+
+
+def _place(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f"line {mark.line + 1}, column {mark.column + 1}" if mark is not None else "a key stands in it twice"
 
 
 class UniqueKeys(yaml.SafeLoader):
@@ -114,11 +135,7 @@ def read_recipe(recipe: str) -> str:
     if recipe in shipped:
         return shipped[recipe]
     if "://" not in recipe and not Path(recipe).is_file():
-        near = difflib.get_close_matches(recipe, shipped, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise RecipeError(
-            f"no recipe {recipe!r}: {hint}`sft recipes list` names those that ship; or give a file or URL"
-        )
+        raise unknown_recipe(recipe)
     try:
         with fsspec.open(recipe, "rt", encoding="utf-8") as file:
             return str(file.read())
@@ -126,23 +143,31 @@ def read_recipe(recipe: str) -> str:
         raise RecipeError(f"{recipe}: cannot be read: {error}") from None
 
 
-def _explain(error: ValidationError, where: str) -> str:
-    lines = [_explain_one(entry) for entry in error.errors()]
+def unknown_recipe(recipe: str) -> RecipeError:
+    """What to say of a name that is neither shipped nor a file."""
+    near = difflib.get_close_matches(recipe, shipped_recipes(), n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return RecipeError(f"no recipe {recipe!r}: {hint}`sft recipes list` names those that ship; or give a file or URL")
+
+
+def _explain(error: ValidationError, where: str, show_values: bool) -> str:
+    lines = [_explain_one(entry, show_values) for entry in error.errors()]
     return "\n".join([f"{where}: {len(lines)} wrong key(s)" if len(lines) > 1 else f"{where}:", *lines])
 
 
-def _explain_one(entry: Any) -> str:
+def _explain_one(entry: Any, show_values: bool) -> str:
+    value = f" (value {entry['input']!r})" if show_values else ""
     location = [str(part) for part in entry["loc"]]
     dotted = ".".join(location) or "recipe"
     if entry["type"] == "extra_forbidden":
         near = difflib.get_close_matches(location[-1], _keys_at(location[:-1]), n=1, cutoff=0.5)
         known = ", ".join(_keys_at(location[:-1]))
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {known}"
-        return f"  {dotted}: unknown key (value {entry['input']!r}); {hint}"
+        return f"  {dotted}: unknown key{value}; {hint}"
     if entry["type"] == "missing":
         return f"  {dotted}: missing; it has no default"
     message = str(entry["msg"]).removeprefix("Value error, ")
-    return f"  {dotted}: {message} (value {entry['input']!r})"
+    return f"  {dotted}: {message}{value}"
 
 
 def _keys_at(location: list[str]) -> list[str]:

@@ -16,7 +16,8 @@ class BaseModelConfig(Section):
     revision: str | None = None
     """Hub branch, tag or commit; resolved to a commit before anything runs."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Only for models whose code you have read."""
+    """Run Python code that comes with the model. Only for models whose code you have read; workers must allow it
+    (`SFT_ALLOW_REMOTE_CODE`)."""
 
 
 class DatasetConfig(Section):

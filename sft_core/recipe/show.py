@@ -2,6 +2,7 @@
 
 import yaml
 
+from sft_core.markdown import as_block, as_text
 from sft_core.recipe.sections import Recipe
 
 
@@ -12,4 +13,4 @@ def as_yaml(recipe: Recipe) -> str:
 
 def as_markdown(recipe: Recipe) -> str:
     """The same as a fenced block."""
-    return f"# {recipe.name}\n\n```yaml\n{as_yaml(recipe)}```\n"
+    return f"# {as_text(recipe.name)}\n\n{as_block(as_yaml(recipe), 'yaml')}"

@@ -3,9 +3,9 @@
 In: a verdict. Out: Markdown: the words, a line a comparison, then the slices that got worse and the notes.
 """
 
-import re
 from collections.abc import Iterator
 
+from sft_core.markdown import as_text
 from sft_core.register.comparison import Comparison
 from sft_core.register.judge import Verdict
 
@@ -26,14 +26,9 @@ def _lines(verdict: Verdict) -> Iterator[str]:
         yield f"| {' | '.join(_cells(comparison))} |"
     for result in verdict.slices:
         if result.blocks:
-            yield f"\n- {_plain(result.words)}"
+            yield f"\n- {as_text(result.words)}"
     for note in verdict.notes:
-        yield f"\n- {_plain(note)}"
-
-
-def _plain(words: str) -> str:
-    """Names of data sets and tags come from rows: one line, and no markup."""
-    return re.sub(r"([\\`*_\[\]<>&|])", r"\\\1", " ".join(words.split()))
+        yield f"\n- {as_text(note)}"
 
 
 def _cells(comparison: Comparison) -> tuple[str, ...]:

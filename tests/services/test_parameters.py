@@ -25,6 +25,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "null": {"pack": {"chat_template": None}},
     "bad together": {"train": {"quantization": "nf4", "lora": None}},
     "unknown section": {"trian": {"learning_rate": 1e-5}},
+    "a file of the worker": {"pack": {"chat_template": "/etc/hostname"}},
+    "code of a model": {"base_model": {"trust_remote_code": True}},
+    "another's recipe": {"recipe": "/etc/fstab"},
     "credential": {"general": {"store": "s3://AKIA:swordfish@bucket/store"}},
 }
 
@@ -154,6 +157,19 @@ def test_a_credential_is_refused_and_not_repeated(deployed: Stack, ended: dict[s
     assert "store: the URL holds a credential" in run["state"]["message"]
     assert not any("swordfish" in line for line in [run["state"]["message"], *deployed.logs(run["id"])])
     assert shown(deployed, run) == []
+
+
+def test_a_form_reads_no_file_of_the_worker_and_runs_no_code(deployed: Stack, ended: dict[str, dict[str, Any]]) -> None:
+    said = {
+        "a file of the worker": "pack.chat_template: a run that was asked for from the server may name",
+        "another's recipe": "recipe: a run that was asked for from the server may name",
+        "code of a model": "base_model.trust_remote_code is true, and that runs code from elsewhere",
+    }
+    for which, words in said.items():
+        run = ended[which]
+        assert run["state"]["type"] == "FAILED"
+        assert words in run["state"]["message"]
+        assert shown(deployed, run) == []
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ class Worker:
         keep = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         quiet = ("DO_NOT_TRACK", "MLFLOW_DISABLE_TELEMETRY")
         self.environment = keep | s3.environment | dict.fromkeys(quiet, "true")
-        self.environment["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+        self.environment |= {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "SFT_ALLOWED_PATHS": f"s3://{BUCKET}/"}
         for name in ("HOME", "TMPDIR"):
             (folder / name).mkdir(parents=True)
             self.environment[name] = str(folder / name)

@@ -42,7 +42,7 @@ def test_what_rows_hold_is_text() -> None:
     hostile = "<img src=x>\n# **a**|[b](http://evil.example)`"
     slices = (SliceResult(name=hostile, rows=30, gain=-1, low=-2, high=-0.5, margin=0.1, outcome="worse"),)
     text = verdict_table(replace(BETTER, promote=False, slices=slices))
-    assert "- slice \\<img src=x\\> # \\*\\*a\\*\\*\\|\\[b\\](http://evil.example)\\` (30 rows): worse" in text
+    assert "- slice \\<img src=x\\> # \\*\\*a\\*\\*\\|\\[b\\](http\\://evil.example)\\` (30 rows): worse" in text
 
 
 def test_a_loss_that_falls_far_is_drawn_on_a_logarithmic_axis() -> None:

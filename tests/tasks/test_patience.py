@@ -1,8 +1,11 @@
 """Waiting for MLflow: what nobody answers is tried again within a bound, what is answered is passed on at once."""
 
 import socket
+import traceback
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import mlflow
 import pytest
@@ -50,6 +53,48 @@ def test_a_server_that_stays_away_is_an_error_that_says_which(nobody: str, monke
     mlflow.set_tracking_uri(nobody)
     with pytest.raises(TrackingError, match=f"MLflow at {nobody} has not answered for 0 s"):
         tracking.client().get_experiment_by_name("orders")
+
+
+def test_the_password_of_the_servers_address_is_in_no_error(nobody: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in ours, nor in those of MLflow and requests that led to it."""
+    monkeypatch.setenv(patience.PATIENCE, "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", nobody.replace("://", "://me:swordfish@"))
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "")
+    with pytest.raises(TrackingError, match=f"MLflow at {nobody} has not answered") as caught:
+        tracking.client().get_experiment_by_name("orders")
+    assert "swordfish" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_the_server_gets_that_password_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # noqa: N802 - the library's name
+            asked.append(self.headers["Authorization"])
+            self.send_error(400, "Bad Request")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Server) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:sword%2Ffish@127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "")
+        with pytest.raises(MlflowException):
+            tracking.client().get_experiment_by_name("orders")
+        server.shutdown()
+    assert asked == ["Basic bWU6c3dvcmQvZmlzaA=="]  # base64 of me:sword/fish
+
+
+def test_an_answer_of_a_library_that_repeats_a_password_is_passed_on_without_it() -> None:
+    def refuse() -> None:
+        raise MlflowException("API request to http://me:swordfish@host/api failed with error code 403")
+
+    with pytest.raises(MlflowException, match=r"API request to http://\*\*\*@host/api failed") as caught:
+        patiently(refuse)
+    assert "swordfish" not in caught.value.message
 
 
 def test_an_answer_that_says_no_is_passed_on_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
