@@ -18,13 +18,14 @@ from sft_core.plan import plan_recipe
 from sft_core.recipe import resolve
 from sft_core.steps import Retraining, run_step
 from sft_core.store import Store, list_files
+from sft_core.train.metrics import read_metrics
 from tests.sft_core.train_runs import child_of, weights_hash
 
 pytestmark = pytest.mark.slow
 
 LONG = 300.0
 """Bound on a wait; a training takes some 20 s."""
-STEPS = 40
+EVERY_STEP = list(range(1, 41))
 RECIPE = """
 name: two
 store: ./store
@@ -145,6 +146,14 @@ def step_line(least: int) -> Callable[[str], bool]:
     return lambda line: line.startswith("step ") and int(line.split()[1].partition("/")[0]) >= least
 
 
+def await_end(pid: int) -> None:
+    """Until a process has ended; its parent, which is suspended, has not taken notice."""
+    deadline = time.monotonic() + LONG
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize("suspended", ["the parent", "parent and rank"])
 @pytest.mark.parametrize("back", ["while the second trains", "after the second is done"])
 def test_a_trainer_that_lost_its_lease_leaves_the_next_one_alone(
@@ -164,6 +173,7 @@ def test_a_trainer_that_lost_its_lease_leaves_the_next_one_alone(
         assert second.end() == 0
     if suspended == "parent and rank":
         os.kill(rank, signal.SIGCONT)
+        await_end(rank)
     os.kill(first.process.pid, signal.SIGCONT)
     assert first.end() == 1, first.lines
     assert second.end() == 0, second.lines
@@ -174,6 +184,7 @@ def test_a_trainer_that_lost_its_lease_leaves_the_next_one_alone(
     resumed = [line for line in second.lines if line.startswith("resuming from checkpoint-")]
     assert len(resumed) == 1  # it went on from where the first was
     assert weights_hash(artifact(folder)) == straight
+    assert [entry["optimizer_step"] for entry in read_metrics(artifact(folder) / "metrics.jsonl")] == EVERY_STEP
     run = Store(str(folder / "store"))
     manifest = run.find("train", artifact(folder).name)
     assert manifest is not None
@@ -189,10 +200,7 @@ def test_a_rank_does_not_outlive_its_suspended_launcher_for_long(prepared: Path,
     rank = child_of(first.process.pid)
     os.kill(first.process.pid, signal.SIGSTOP)
     try:
-        deadline = time.monotonic() + LONG
-        while "Z" not in Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[0]:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        await_end(rank)
     finally:
         os.kill(first.process.pid, signal.SIGCONT)
     assert first.end() == 1
