@@ -66,8 +66,10 @@ def _require_pools(file: Path) -> None:
     import yaml
     from prefect.client.orchestration import get_client
 
+    from sft_core.yaml_text import read_yaml
+
     try:
-        deployments = (yaml.safe_load(file.read_text("utf-8")) or {}).get("deployments") or []
+        deployments = (read_yaml(file.read_text("utf-8")) or {}).get("deployments") or []
         wanted = {pool["name"] for entry in deployments if (pool := entry.get("work_pool")) and pool.get("name")}
     except (yaml.YAMLError, AttributeError, TypeError) as error:
         raise ServerError(f"{file} is not Prefect's deployment file: {error}") from None

@@ -12,13 +12,14 @@ KEPT_CHARACTERS = 4096
 MOST_DEPTH = 100
 """Lists and objects inside one another, in rows and recipes. Schemas of tools nest about 20 deep; Python's own readers and
 writers give up near 1000, each at a depth of its own."""
-FREE_BYTES = 1 << 30
-"""What a file may expand to whatever its size: bytes on the disk, never in memory."""
+FREE_BYTES = 256 << 20
+"""What a file may expand to whatever its size. A line costs a third of a microsecond, and blank ones are lines too: this many
+take a minute."""
 MOST_EXPANSION = 200
 """How many times its size a larger one may expand. Rows compress 3 to 20 times, very uniform ones 50; a bomb of gzip
 1000 times, of bzip2 or a Parquet dictionary a million."""
-BATCH_BYTES = 256 << 20
-"""What is decoded at a time of a table, and what one row group may expand to whatever its size."""
+BATCH_BYTES = FREE_BYTES
+"""What is decoded at a time of a table."""
 DICTIONARY_BYTES = 128 << 20
 """Memory that an .xz file may ask for; `xz -9` asks for 65 MB."""
 YAML_CHARACTERS = 1_000_000
@@ -31,13 +32,13 @@ RENDER_CHARACTERS = 4 * MOST_ROW_BYTES
 """Of a rendering, and of any text that a template makes on the way."""
 
 
-def allowed(size: int, free: int = FREE_BYTES) -> int:
+def allowed(size: int) -> int:
     """Bytes that `size` bytes may expand to.
 
     >>> allowed(1_000), allowed(10_000_000)
-    (1073741824, 2000000000)
+    (268435456, 2000000000)
     """
-    return max(free, MOST_EXPANSION * size)
+    return max(FREE_BYTES, MOST_EXPANSION * size)
 
 
 def nests_too_deeply(value: object, most: int = MOST_DEPTH) -> bool:

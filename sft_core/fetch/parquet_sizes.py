@@ -42,7 +42,7 @@ def repeating_columns(table: pq.ParquetFile, file: IO[bytes], label: str) -> lis
         stored = [group.column(at) for at in range(group.num_columns)]
         chunks = [_measured(file, chunk, number, nested[chunk.path_in_schema], label) for chunk in stored]
         expanded, size = sum(chunk.expanded for chunk in chunks), sum(chunk.total_compressed_size for chunk in stored)
-        if expanded > allowed(size, BATCH_BYTES):
+        if expanded > allowed(size):
             raise SourceError(
                 f"{label}: row group {number} has {size:,} bytes and expands to {expanded:,}, over {MOST_EXPANSION} times "
                 "as many; no real rows do that. If these do, write it with smaller row groups"

@@ -16,6 +16,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from sft_core.errors import RecipeError, RowError
 from sft_core.pack.controls import Controls
 from sft_core.pack.template import Span, compiled_template
+from sft_core.pack.template_bounds import TooCostly
 from sft_core.pack.thoughts import thinks_inline, without_thought
 
 Tools = SequenceOf[dict[str, Any]]
@@ -23,6 +24,7 @@ KEYS = frozenset({"content", "tool_calls", "name", "tool_call_id", "reasoning_co
 """What a message can hold beside `role` and `weight`."""
 REASONING_ALIASES = ("reasoning", "thinking")
 """Older names of `reasoning_content`."""
+SMALL_CHARACTERS = 100_000
 NEXT = "next"
 """A user's message that shows how a rendering goes on."""
 
@@ -114,9 +116,18 @@ class Renders:
             return compiled.render(chat, self.tools, prompt)
         except TemplateSyntaxError as error:
             raise RecipeError(f"pack.chat_template, line {error.lineno}: not Jinja: {error.message}") from None
-        except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
+        except TooCostly as error:
+            if _is_small(chat, self.tools):
+                raise RecipeError(f"pack.chat_template: {error} for a conversation of {len(chat)} short messages") from None
+            raise RowError("template_cost", f"the chat template is too costly for it: {error}") from None
+        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
             first = f"the first {len(chat)} messages" if chat else "a conversation that begins with an answer"
             raise RowError("template_error", f"the chat template refuses {first}: {error}") from None
+
+
+def _is_small(chat: list[dict[str, Any]], tools: Tools | None) -> bool:
+    """Whether a rendering of it should be quick: then the template is at fault, and not the row."""
+    return len(repr((chat, tools))) < SMALL_CHARACTERS
 
 
 def plain_message(message: dict[str, Any], controls: Controls | None) -> dict[str, Any]:

@@ -11,9 +11,14 @@ import fsspec
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from sft_core.bounds import YAML_CHARACTERS
 from sft_core.errors import RecipeError
 from sft_core.recipe.credentials import refuse_credentials
 from sft_core.recipe.sections import Recipe
+from sft_core.yaml_text import UniqueKeys, read_yaml
+
+SHOWN_CHARACTERS = 200
+"""Of a value in an error."""
 
 
 def resolve(recipe: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -34,30 +39,15 @@ def load_recipe(recipe: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a recipe's YAML from a shipped name, a path, or any fsspec URL."""
     text = read_recipe(str(recipe))
     try:
-        values = yaml.load(text, UniqueKeys)  # a SafeLoader
+        values = read_yaml(text, UniqueKeys)
     except yaml.YAMLError as error:
         raise RecipeError(f"{recipe}: not YAML: {error}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{recipe}: a recipe is a mapping of keys, this is {type(values).__name__}; see recipes/")
+    strange = next((key for key in values if not isinstance(key, str)), None)
+    if strange is not None:
+        raise RecipeError(f"{recipe}: the key {short(strange)} is a {type(strange).__name__}, not a name; see recipes/")
     return values
-
-
-class UniqueKeys(yaml.SafeLoader):
-    """YAML's own reader keeps the last of two equal keys, and loses the first without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping; YAMLError if a key stands in it twice."""
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                line = key.start_mark.line + 1
-                if key.value in lines:
-                    raise yaml.YAMLError(
-                        f"the key {key.value!r} stands in line {lines[key.value]} and again in line {line}; the first "
-                        "one would be lost"
-                    )
-                lines[key.value] = line
-        return super().construct_mapping(node, deep)
 
 
 def shipped_recipes() -> dict[str, str]:
@@ -90,7 +80,10 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
         dotted, equals, text = setting.partition("=")
         if not equals or not dotted:
             raise RecipeError(f"--set {setting!r}: write it as section.key=value, for example train.learning_rate=1e-4")
-        value: Any = _yaml_value(text)
+        try:
+            value: Any = _yaml_value(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--set {short(dotted)}: not YAML: {error}") from None
         for key in reversed(dotted.split(".")):
             value = {key: value}
         overrides = merge_keys(overrides, value)
@@ -98,7 +91,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
 
 
 def _yaml_value(text: str) -> object:
-    value = yaml.safe_load(text)
+    value = read_yaml(text)
     if isinstance(value, str):
         try:
             return float(value)  # YAML 1.1 reads 1e-4 as text
@@ -121,7 +114,7 @@ def read_recipe(recipe: str) -> str:
         )
     try:
         with fsspec.open(recipe, "rt", encoding="utf-8") as file:
-            return str(file.read())
+            return str(file.read(YAML_CHARACTERS + 1))  # one more is an error where it is parsed
     except (OSError, ValueError, ImportError) as error:
         raise RecipeError(f"{recipe}: cannot be read: {error}") from None
 
@@ -138,11 +131,17 @@ def _explain_one(entry: Any) -> str:
         near = difflib.get_close_matches(location[-1], _keys_at(location[:-1]), n=1, cutoff=0.5)
         known = ", ".join(_keys_at(location[:-1]))
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {known}"
-        return f"  {dotted}: unknown key (value {entry['input']!r}); {hint}"
+        return f"  {dotted}: unknown key (value {short(entry['input'])}); {hint}"
     if entry["type"] == "missing":
         return f"  {dotted}: missing; it has no default"
     message = str(entry["msg"]).removeprefix("Value error, ")
-    return f"  {dotted}: {message} (value {entry['input']!r})"
+    return f"  {dotted}: {message} (value {short(entry['input'])})"
+
+
+def short(value: object) -> str:
+    """The beginning of a value's repr."""
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
 def _keys_at(location: list[str]) -> list[str]:

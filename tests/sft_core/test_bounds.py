@@ -136,22 +136,22 @@ def test_a_value_behind_which_no_row_can_be_found_is_the_files_error(tmp_path: P
 
 def blank_gzip(path: Path) -> Path:
     with gzip.open(path / "a.jsonl.gz", "wb", compresslevel=1) as file:
-        write_by_pieces(file, b'{"text": "a"}\n', b"", 10_000_000)
-        for _ in range(1_300):
-            file.write(b"\n" * 1_000_000)
+        file.write(b'{"text": "a"}\n')
+        for _ in range(300):
+            file.write((b" " * 9_999 + b"\n") * 100)
     return path / "a.jsonl.gz"
 
 
 def zip_of_rows(path: Path) -> Path:
     with zipfile.ZipFile(path / "a.jsonl.zip", "w", zipfile.ZIP_DEFLATED) as archive, archive.open("a", "w") as file:
-        for _ in range(1_100):
+        for _ in range(300):
             file.write((b'{"text": "' + b"x" * 9_988 + b'"}\n') * 100)
     return path / "a.jsonl.zip"
 
 
 def csv_of_names(path: Path) -> Path:
     names = ",".join(f"{'x' * 100_000}{number}" for number in range(20))
-    (path / "a.csv").write_text(names + "\n" + (",".join("1" * 20) + "\n") * 600)
+    (path / "a.csv").write_text(names + "\n" + (",".join("1" * 20) + "\n") * 200)
     return path / "a.csv"
 
 
@@ -159,7 +159,7 @@ def csv_of_names(path: Path) -> Path:
 @pytest.mark.parametrize("bomb", [blank_gzip, zip_of_rows, csv_of_names])
 def test_a_file_that_expands_without_end_is_one_error(tmp_path: Path, bomb: Callable[[Path], Path]):
     error = in_a_process(bomb(tmp_path))["error"]
-    assert "expand to more than 1,073,741,824, over 200 times as many" in error
+    assert "expand to more than 268,435,456, over 200 times as many" in error
     assert "a." in error
 
 
