@@ -10,10 +10,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-
 from cli.servers import ServerError
-from sft_core.yaml_text import read_yaml
 from sft_core.own_packages import NAMES, find_collision
+from sft_core.yaml_text import read_yaml
 
 SECONDS = 600.0
 """Bound on loading; 5 s on an idle machine."""

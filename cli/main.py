@@ -10,6 +10,7 @@ from cli.chat import chat
 from cli.deploy import deploy
 from cli.environment import DEBUG, debugging, quiet_libraries, set_defaults
 from sft_core.errors import SftError
+from sft_core.terminal import guard, safe_error, say
 
 app = typer.Typer(
     name="sft",
@@ -42,6 +43,7 @@ def main() -> None:
     set_defaults()
     if not debugging():
         quiet_libraries()
+    guard()
     stopped.begin()
     try:
         with stopped.telling(str):
@@ -49,7 +51,7 @@ def main() -> None:
     except SftError as error:
         if debugging():
             raise
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {safe_error(str(error))}", to_stderr=True)
         sys.exit(1)
 
 

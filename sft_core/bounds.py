@@ -4,17 +4,19 @@ In: nothing. Out: numbers, each with its reason. A row over one is set aside wit
 where it is nested too deeply), a file, recipe or template over one is a single error that says which.
 """
 
+from collections.abc import Sequence
+
 MOST_ROW_BYTES = 16 << 20
 """Of a row, as it is read and as JSON text. A million tokens are 4 to 6 MB; a row in Python takes up to 30 times its
 bytes, so this is half a gigabyte at worst."""
 KEPT_CHARACTERS = 4096
 """How much of a row over MOST_ROW_BYTES is kept in the quarantine."""
 MOST_DEPTH = 100
-"""Lists and objects inside one another, in rows and recipes. Schemas of tools nest about 20 deep; Python's own readers and
-writers give up near 1000, each at a depth of its own."""
+"""Lists and objects inside one another, in rows and recipes. Schemas of tools nest about 20 deep; Python's own readers
+and writers give up near 1000, each at a depth of its own."""
 FREE_BYTES = 256 << 20
-"""What a file may expand to whatever its size. A line costs a third of a microsecond, and blank ones are lines too: this many
-take a minute."""
+"""What a file may expand to whatever its size. A line costs a third of a microsecond, and blank ones are lines too:
+this many take a minute."""
 MOST_EXPANSION = 200
 """How many times its size a larger one may expand. Rows compress 3 to 20 times, very uniform ones 50; a bomb of gzip
 1000 times, of bzip2 or a Parquet dictionary a million."""
@@ -47,7 +49,7 @@ def nests_too_deeply(value: object, most: int = MOST_DEPTH) -> bool:
     >>> nests_too_deeply({"a": [1]}, 2), nests_too_deeply({"a": [1]}, 1)
     (False, True)
     """
-    level: list[object] = [value]
+    level: Sequence[object] = [value]
     for _ in range(most):
         inner = [part for held in level for part in _parts(held) if isinstance(part, dict | list)]
         if not inner:
@@ -56,7 +58,7 @@ def nests_too_deeply(value: object, most: int = MOST_DEPTH) -> bool:
     return isinstance(value, dict | list)
 
 
-def _parts(value: object) -> list[object]:
+def _parts(value: object) -> Sequence[object]:
     if isinstance(value, dict):
         return list(value.values())
     return value if isinstance(value, list) else []

@@ -25,6 +25,7 @@ from typing import Self
 
 from sft_core.errors import StoreError
 from sft_core.store_files import StoreFiles
+from sft_core.terminal import say
 
 LEASE_SECONDS = 60.0
 """Silence after which a holder counts as dead. Renewed four times as often."""
@@ -113,7 +114,7 @@ class Lease:
 
 
 @contextmanager
-def hold(files: StoreFiles, folder: str, what: str, on_line: Callable[[str], None] = print) -> Iterator[Lease]:
+def hold(files: StoreFiles, folder: str, what: str, on_line: Callable[[str], None] = say) -> Iterator[Lease]:
     """Wait until the lease in `folder` is free, then hold it. `what` is named in lines and errors."""
     holder = Holder(seconds=LEASE_SECONDS, renewed=datetime.now(UTC).isoformat(timespec="seconds"))
     seen: bytes | None = None

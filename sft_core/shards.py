@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 from sft_core.artifacts import StoredFile
 from sft_core.fingerprint import hash_file
+from sft_core.terminal import say
 
 SHARDS = "shards.json"
 Mapper = Callable[[Callable[[Any], "Made"], Sequence[Any]], Iterable["Made"]]
@@ -124,7 +125,7 @@ class Sharding:
 
     earlier: Earlier = NothingEarlier()
     mapper: Mapper = map
-    on_line: Callable[[str], None] = print
+    on_line: Callable[[str], None] = say
     """Hears what is worth saying before the work begins."""
 
 

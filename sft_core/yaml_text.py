@@ -1,7 +1,8 @@
 """YAML from anywhere: recipes, overrides, data set cards.
 
 In: a text. Out: its plain value. Everything that is wrong with it is one YAMLError of one line; that of a text which is
-long, deep, or short and stands for more than `bounds` allows: an alias repeats what it names, ten lines can make a billion.
+long, deep, or short and stands for more than `bounds` allows: an alias repeats what it names, ten lines can make a
+billion.
 """
 
 from typing import Any
@@ -61,7 +62,9 @@ def _check_nodes(root: yaml.Node) -> None:
         node = waiting.pop()
         left -= 1
         if left < 0:
-            raise yaml.YAMLError(f"more than {YAML_NODES:,} keys and values, counted once for each alias (*name) of them")
+            raise yaml.YAMLError(
+                f"more than {YAML_NODES:,} keys and values, counted once for each alias (*name) of them"
+            )
         if isinstance(node, yaml.MappingNode):
             waiting += [part for pair in node.value for part in pair]
         elif isinstance(node, yaml.SequenceNode):

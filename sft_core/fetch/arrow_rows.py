@@ -1,5 +1,5 @@
-"""Rows of Parquet and Arrow files, a thousand at a time: memory depends on a row's size, not on the file's. A row's size is
-known before it is decoded (`arrow_sizes`, `parquet_sizes`).
+"""Rows of Parquet and Arrow files, a thousand at a time: memory depends on a row's size, not on the file's. A row's
+size is known before it is decoded (`arrow_sizes`, `parquet_sizes`).
 
 Arrow files are mapped: their pages count as resident until the system wants them back, and are no growth of the heap.
 
@@ -52,7 +52,9 @@ def read_arrow(path: Path, label: str) -> Iterator[RawRow]:
         if file.read(6) == b"ARROW1":
             whole = pa.ipc.open_file(file)
             _check_columns(whole.schema, label)
-            yield from _number(_checked(whole.get_batch(number) for number in range(whole.num_record_batches)), whole.schema)
+            yield from _number(
+                _checked(whole.get_batch(number) for number in range(whole.num_record_batches)), whole.schema
+            )
         else:
             file.seek(0)
             stream = pa.ipc.open_stream(file)

@@ -1,7 +1,7 @@
 """What rows of an Arrow table would take once they are decoded, told from their offsets.
 
-In: a column. Out: bytes of each of its rows, about, shape (rows,). A small file can stand for a huge row: a value that a
-dictionary, a run or a view repeats is stored once, and decoded each time.
+In: a column. Out: bytes of each of its rows, about, shape (rows,). A small file can stand for a huge row: a value that
+a dictionary, a run or a view repeats is stored once, and decoded each time.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
 """Compressed files, told by the last suffix of their name: .gz, .bz2, .xz, .lzma, .zst, .lz4, and .zip of one file.
 
-In: a file's name, and the file opened in binary. Out: the plain bytes, as many as `bounds` allows. Zstandard and LZ4 are
-read by pyarrow, which reads several frames in a row, needs no further package and takes no window over 128 MiB. A zip of
-several files is refused: unpack it to a folder.
+In: a file's name, and the file opened in binary. Out: the plain bytes, as many as `bounds` allows. Zstandard and LZ4
+are read by pyarrow, which reads several frames in a row, needs no further package and takes no window over 128 MiB. A
+zip of several files is refused: unpack it to a folder.
 """
 
 import bz2
@@ -11,7 +11,7 @@ import lzma
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import IO, cast
@@ -71,6 +71,7 @@ def naming_damage(label: str) -> Iterator[None]:
 
 def decompress(file: IO[bytes], name: str) -> IO[bytes]:
     """`file` itself, or a reader of what is compressed in it."""
+    plain: Callable[[int], bytes]
     match compression_of(name):
         case None:
             return file

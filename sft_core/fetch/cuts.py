@@ -1,7 +1,7 @@
 """Where a source is cut into shards: files into groups, lines and rows into blocks.
 
-In: a source's files in order, or the lines or rows of one. Out: groups of files, blocks of lines or rows. Every border depends on
-the content around it alone, so that a file or row that comes or goes moves no other border.
+In: a source's files in order, or the lines or rows of one. Out: groups of files, blocks of lines or rows. Every border
+depends on the content around it alone, so that a file or row that comes or goes moves no other border.
 """
 
 import zlib

@@ -1,9 +1,9 @@
 """Rows of JSON files: an array, JSON Lines, or values one after another (a single pretty-printed object is one row).
 
 In: a binary file. Out: `RawRow`s whose `row` is the text as it stands in the file. Lines end at LF only: U+0085 and
-U+2028 are ordinary characters in JSON (RFC 8259). Memory: one row, of MOST_ROW_BYTES at most. A longer line of JSON Lines
-is a row with the problem `too_large`; in the other layouts a longer value is the file's error. An array is read a megabyte
-(or one element, where that is longer) at a time, be it in one line or many: it may be larger than memory. The `json` module
+U+2028 are ordinary characters in JSON (RFC 8259). Memory: one row, of MOST_ROW_BYTES at most. A longer line of JSON
+Lines is a row with the problem `too_large`; in the other layouts a longer value is the file's error. An array is read a
+megabyte (or one element, where that is longer) at a time, be it in one line or many: it may be larger than memory. The `json` module
 sees an array's whole text only in its first line, to tell the layout, where that line has at most FIRST_PIECE bytes (named
 .jsonl: MOST_ROW_BYTES).
 """
@@ -221,7 +221,9 @@ class _Scanner:
 
     def _check_size(self, size: int) -> None:
         if size > MOST_ROW_BYTES:
-            raise self.fault(f"the value that begins here is over {MOST_ROW_BYTES:,} bytes, the most a row may have", self.at)
+            raise self.fault(
+                f"the value that begins here is over {MOST_ROW_BYTES:,} bytes, the most a row may have", self.at
+            )
 
     def fault(self, what: str, position: int) -> SourceError:
         """Error at a position of `text`."""

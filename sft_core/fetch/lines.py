@@ -1,7 +1,7 @@
 """Lines of a file, none of them longer than a row may be.
 
-In: the file's bytes in pieces, each shorter than MOST_ROW_BYTES. Out: lines; of one that is longer its beginning, its size
-and its hash, so that memory is bounded and no two contents look the same.
+In: the file's bytes in pieces, each shorter than MOST_ROW_BYTES. Out: lines; of one that is longer its beginning, its
+size and its hash, so that memory is bounded and no two contents look the same.
 """
 
 import hashlib

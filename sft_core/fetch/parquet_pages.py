@@ -1,7 +1,7 @@
 """The headers of a Parquet file's pages: what each holds, and expands to.
 
-In: a binary file and the metadata of a column chunk. Out: `Page`s. pyarrow shows the footer alone, and what it says of a chunk
-is not what is decoded. Source of the layout: parquet.thrift (PageHeader), thrift's compact protocol.
+In: a binary file and the metadata of a column chunk. Out: `Page`s. pyarrow shows the footer alone, and what it says of
+a chunk is not what is decoded. Source of the layout: parquet.thrift (PageHeader), thrift's compact protocol.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,8 @@
 """What a Parquet file expands to, told before it is decoded.
 
-In: an opened Parquet file. Out: the columns whose dictionary may repeat values so often that a batch of rows could not be
-held; they are to be read as dictionaries, and measured by `arrow_sizes`. SourceError for pages that expand beyond `bounds`.
+In: an opened Parquet file. Out: the columns whose dictionary may repeat values so often that a batch of rows could not
+be held; they are to be read as dictionaries, and measured by `arrow_sizes`. SourceError for pages that expand beyond
+`bounds`.
 """
 
 from collections.abc import Iterator
@@ -44,8 +45,8 @@ def repeating_columns(table: pq.ParquetFile, file: IO[bytes], label: str) -> lis
         expanded, size = sum(chunk.expanded for chunk in chunks), sum(chunk.total_compressed_size for chunk in stored)
         if expanded > allowed(size):
             raise SourceError(
-                f"{label}: row group {number} has {size:,} bytes and expands to {expanded:,}, over {MOST_EXPANSION} times "
-                "as many; no real rows do that. If these do, write it with smaller row groups"
+                f"{label}: row group {number} has {size:,} bytes and expands to {expanded:,}, over {MOST_EXPANSION} "
+                "times as many; no real rows do that. If these do, write it with smaller row groups"
             )
         limit = BATCH_BYTES / max(len(chunks), 1)
         at_risk = [chunk for chunk in chunks if chunk.values * chunk.dictionary > limit and chunk.path not in found]

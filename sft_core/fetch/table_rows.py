@@ -150,8 +150,8 @@ def _bounded_lines(file: IO[bytes], label: str) -> Iterator[bytes]:
 
 def _too_long(label: str, line: int) -> SourceError:
     return SourceError(
-        f"{label}: the row that begins in line {line} is over {MOST_ROW_BYTES:,} bytes, the most a row may have; if a quote "
-        "is open there, close it"
+        f"{label}: the row that begins in line {line} is over {MOST_ROW_BYTES:,} bytes, the most a row may have; if a "
+        "quote is open there, close it"
     )
 
 

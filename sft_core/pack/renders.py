@@ -25,6 +25,8 @@ KEYS = frozenset({"content", "tool_calls", "name", "tool_call_id", "reasoning_co
 REASONING_ALIASES = ("reasoning", "thinking")
 """Older names of `reasoning_content`."""
 SMALL_CHARACTERS = 100_000
+REFUSALS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
+"""What a template raises, or lets Python raise."""
 NEXT = "next"
 """A user's message that shows how a rendering goes on."""
 
@@ -118,9 +120,19 @@ class Renders:
             raise RecipeError(f"pack.chat_template, line {error.lineno}: not Jinja: {error.message}") from None
         except TooCostly as error:
             if _is_small(chat, self.tools):
-                raise RecipeError(f"pack.chat_template: {error} for a conversation of {len(chat)} short messages") from None
+                raise RecipeError(
+                    f"pack.chat_template: {error} for a conversation of {len(chat)} short messages"
+                ) from None
             raise RowError("template_cost", f"the chat template is too costly for it: {error}") from None
-        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            ArithmeticError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             first = f"the first {len(chat)} messages" if chat else "a conversation that begins with an answer"
             raise RowError("template_error", f"the chat template refuses {first}: {error}") from None
 

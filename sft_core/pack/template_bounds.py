@@ -1,7 +1,9 @@
-"""Bounds on what a chat template may cost: the sandbox of Jinja keeps it from the machine, not from its time and memory.
+"""Bounds on what a chat template may cost: the sandbox of Jinja keeps it from the machine, not from its time and
+memory.
 
-In: a template as transformers compiled it. Out: the same template, whose operators, filters and calls refuse texts of over
-RENDER_CHARACTERS before they make them; and `within_time`, inside which a rendering ends after RENDER_SECONDS of CPU time.
+In: a template as transformers compiled it. Out: the same template, whose operators, filters and calls refuse texts of
+over RENDER_CHARACTERS before they make them; and `within_time`, inside which a rendering ends after RENDER_SECONDS of
+CPU time.
 
 A loop is ended by a thread that watches, and raises `TooCostly` in the thread that renders, between two bytecodes. What
 takes long in C alone is made of texts, and those are bounded.
@@ -143,8 +145,8 @@ def _bounded(name: str, do: Callable[..., Any]) -> Callable[..., Any]:
 
 
 GROWING = frozenset(
-    "batch center format indent join pprint replace slice string sum tojson truncate urlencode wordwrap xmlattr e escape "
-    "forceescape upper lower title trim capitalize striptags".split()
+    "batch center format indent join pprint replace slice string sum tojson truncate urlencode wordwrap xmlattr e "
+    "escape forceescape upper lower title trim capitalize striptags".split()
 )
 """Filters whose result may be far larger than what they are given; or which make a text of a list."""
 

@@ -1,9 +1,11 @@
-"""What a small file may cost: bombs become a row set aside, or one error, in bounded memory; large real rows are read."""
+"""What a small file may cost: bombs become a row set aside, or one error, in bounded memory; large real rows are
+read."""
 
 import bz2
 import gzip
 import json
 import lzma
+import re
 import resource
 import subprocess
 import sys
@@ -22,7 +24,8 @@ from sft_core.fetch import fetch_dataset, read_shards
 from sft_core.recipe import DatasetConfig
 
 MOST_MEGABYTES = 1_300
-"""Peak of a process that fetches a bomb: 200 to 500 were measured, 130 of them the imports; a bomb asks for 1,800 and more."""
+"""Peak of a process that fetches a bomb: 200 to 500 were measured, 130 of them the imports; a bomb asks for 1,800 and
+more."""
 SECONDS = 400
 """Bound on one fetch; a few are usual."""
 FETCH = """
@@ -39,8 +42,8 @@ except SftError as error:
     said = {"error": str(error)}
 print(json.dumps({**said, "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000}))
 """
-LINE = 300_000_000
-"""Characters of a row that gzip makes 300 KB of."""
+LINE = 200_000_000
+"""Characters of a row that gzip makes 200 KB of."""
 
 
 def in_a_process(path: Path, *arguments: str) -> dict:
@@ -151,7 +154,7 @@ def zip_of_rows(path: Path) -> Path:
 
 def csv_of_names(path: Path) -> Path:
     names = ",".join(f"{'x' * 100_000}{number}" for number in range(20))
-    (path / "a.csv").write_text(names + "\n" + (",".join("1" * 20) + "\n") * 200)
+    (path / "a.csv").write_text(names + "\n" + (",".join("1" * 20) + "\n") * 260)
     return path / "a.csv"
 
 
@@ -159,8 +162,7 @@ def csv_of_names(path: Path) -> Path:
 @pytest.mark.parametrize("bomb", [blank_gzip, zip_of_rows, csv_of_names])
 def test_a_file_that_expands_without_end_is_one_error(tmp_path: Path, bomb: Callable[[Path], Path]):
     error = in_a_process(bomb(tmp_path))["error"]
-    assert "expand to more than 268,435,456, over 200 times as many" in error
-    assert "a." in error
+    assert re.search(r"a\..* expand to more than (2\d\d|4\d\d),\d{3},\d{3}, over 200 times as many", error)
 
 
 def test_xz_may_not_ask_for_a_gigabyte(tmp_path: Path):
