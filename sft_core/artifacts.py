@@ -6,6 +6,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
+from sft_core.typed import read_typed
+
 KIND_OF_STEP = {
     "fetch": "RawDataset",
     "normalize": "Conversations",
@@ -82,9 +84,8 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Self:
-        """Back from `as_dict`."""
-        files = {name: StoredFile(**entry) for name, entry in value["files"].items()}
-        return cls(**{**value, "files": files})
+        """Back from `as_dict`. ValueError naming what is missing or of another type."""
+        return read_typed(cls, value)
 
 
 def check_ledger(step: str, ledger: dict[str, dict[str, Any]]) -> None:

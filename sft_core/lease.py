@@ -26,9 +26,12 @@ from typing import Self
 from sft_core.errors import StoreError
 from sft_core.store_files import StoreFiles
 from sft_core.terminal import say
+from sft_core.typed import read_typed
 
 LEASE_SECONDS = 60.0
 """Silence after which a holder counts as dead. Renewed four times as often."""
+MOST_SECONDS = 3600.0
+"""What a lease's file may ask for: no other version of this program asked for more."""
 LOOK_SECONDS = 2.0
 SAY_SECONDS = 60.0
 NAME = re.compile(r"\d{8}\.json")
@@ -56,9 +59,11 @@ class Holder:
     def from_bytes(cls, text: bytes) -> Self | None:
         """Back from `as_bytes`; None for what is no lease."""
         try:
-            return cls(**json.loads(text))
-        except (ValueError, TypeError):
+            holder = read_typed(cls, text)
+            renewed = datetime.fromisoformat(holder.renewed)
+        except ValueError:
             return None
+        return holder if renewed.tzinfo is not None and 0 < holder.seconds <= MOST_SECONDS else None
 
     @property
     def gone(self) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sft_core.artifacts import KIND_OF_STEP, MANIFEST, Artifact, Manifest
 from sft_core.errors import StoreError
+from sft_core.json_text import parse_json
 from sft_core.lease import Lease, hold
 from sft_core.shards import Earlier, EarlierFolder, EarlierRemote, NothingEarlier
 from sft_core.store_cache import StoreCache, list_files, verify_files
@@ -62,8 +63,8 @@ class Store:
         except FileNotFoundError:
             return None
         try:
-            return Manifest.from_dict(json.loads(text))
-        except (ValueError, KeyError, TypeError) as error:
+            return Manifest.from_dict(parse_json(text))
+        except ValueError as error:
             shown = self.files.show(path)
             raise StoreError(f"{shown}: not a manifest ({error}); delete that folder and run again") from None
 

@@ -56,7 +56,7 @@ def plain_suffix(name: str) -> str:
 
 def reason(error: Exception) -> str:
     """Type and beginning of a library's message, which may quote kilobytes of the file."""
-    text = f"{type(error).__name__}: {error}"
+    text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
 
 

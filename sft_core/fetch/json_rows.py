@@ -3,9 +3,9 @@
 In: a binary file. Out: `RawRow`s whose `row` is the text as it stands in the file. Lines end at LF only: U+0085 and
 U+2028 are ordinary characters in JSON (RFC 8259). Memory: one row, of MOST_ROW_BYTES at most. A longer line of JSON
 Lines is a row with the problem `too_large`; in the other layouts a longer value is the file's error. An array is read a
-megabyte (or one element, where that is longer) at a time, be it in one line or many: it may be larger than memory. The `json` module
-sees an array's whole text only in its first line, to tell the layout, where that line has at most FIRST_PIECE bytes (named
-.jsonl: MOST_ROW_BYTES).
+megabyte (or one element, where that is longer) at a time, be it in one line or many: it may be larger than memory.
+The `json` module sees an array's whole text only in its first line, to tell the layout, where that line has at most
+FIRST_PIECE bytes (named .jsonl: MOST_ROW_BYTES).
 """
 
 import codecs
