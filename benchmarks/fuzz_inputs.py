@@ -15,14 +15,32 @@ from typing import Any
 
 Attack = Callable[[random.Random], object]
 TEXTS = (
-    "", "a", "\x1b[2J", "\r", "\u202e", "é", "\ud800", "1e999", "NaN", "null", "<|im_end|>", "</think>", "{", "[]",
-    "{}", "```", "### Human: a### Assistant: b", "[{'from': 'user', 'value': 'a'}]", '{"a": [1]}', "x" * 5000, "{" * 2000, "%s", "{{ a }}",
-)  # fmt: skip
+    *[
+        "",
+        "a",
+        "\x1b[2J",
+        "\r",
+        "\u202e",
+        "é",
+        "\ud800",
+        "1e999",
+        "NaN",
+        "null",
+        "<|im_end|>",
+        "</think>",
+        "{",
+        "[]",
+        "{}",
+    ],
+    *["```", "### Human: a### Assistant: b", "[{'from': 'user', 'value': 'a'}]", '{"a": [1]}', "x" * 5000, "{" * 2000],
+    *["%s", "{{ a }}"],
+)
 ROLES = ("user", "assistant", "system", "tool", "human", "gpt", "text", "", "function", "bot")
 NAMES = (
-    "messages conversations conversation role content from value text instruction input output prompt response chosen history "
-    "question answer system tools tool_calls function name arguments reasoning_content weight id parameters type".split()
-)
+    "messages conversations conversation role content from value text instruction input output prompt response chosen "
+    "history "
+    "question answer system tools tool_calls function name arguments reasoning_content weight id parameters type"
+).split()
 SUFFIXES = (
     ".jsonl",
     ".json",
@@ -102,7 +120,8 @@ def rows(folder: Path) -> Attack:
             try:
                 read_conversation({"row": text, "problem": None}, map_fn)
             except RowError as error:
-                assert error.reason.isidentifier(), error.reason
+                if not error.reason.isidentifier():
+                    raise AssertionError(error.reason) from error
         return None
 
     return attack
@@ -189,12 +208,44 @@ def recipes(folder: Path) -> Attack:
 
 
 YAML_LINES = (
-    "a: &a [1, 2]", "b: *a", "<<: *a", "a: &a [*a]", "name: [", "? [1]", "seed: 2026-99-99", "seed: !!python/object:os.system x",
-    "1: 2", "null: 1", "seed: 9" + "9" * 5000, "a: " + "[" * 500, "name: !!binary x", "train: {lora: null}", "name: \x1b[2J",
-    "train: {learning_rate: .inf}", "seed: 1:1:1:1", "seed: 0x" + "f" * 99, "--- ", "%YAML 9.9", "name: |", "datasets: {}",
-    "datasets: [{path: {}}]", "pack: {template_kwargs: {a: .nan}}", "store: s3://a:b@c/d", "{", "- a", "name: !!set {a, b}",
-    "seed: !!float x", "seed: !!int x", "seed: !!timestamp x", "seed: !!bool x", "name: !!omap [a]", "seed: !!null x",
-)  # fmt: skip
+    *[
+        "a: &a [1, 2]",
+        "b: *a",
+        "<<: *a",
+        "a: &a [*a]",
+        "name: [",
+        "? [1]",
+        "seed: 2026-99-99",
+        "1: 2",
+        "null: 1",
+        "{",
+        "- a",
+    ],
+    *[
+        "seed: !!python/object:os.system x",
+        "seed: 9" + "9" * 5000,
+        "a: " + "[" * 500,
+        "name: !!binary x",
+        "--- ",
+        "name: |",
+    ],
+    *["train: {lora: null}", "name: \x1b[2J", "train: {learning_rate: .inf}", "seed: 1:1:1:1", "seed: 0x" + "f" * 99],
+    *[
+        "%YAML 9.9",
+        "datasets: {}",
+        "datasets: [{path: {}}]",
+        "pack: {template_kwargs: {a: .nan}}",
+        "store: s3://a:b@c/d",
+    ],
+    *[
+        "name: !!set {a, b}",
+        "seed: !!float x",
+        "seed: !!int x",
+        "seed: !!timestamp x",
+        "seed: !!bool x",
+        "name: !!omap [a]",
+    ],
+)
 
 
 def manifests(folder: Path) -> Attack:
@@ -207,7 +258,8 @@ def manifests(folder: Path) -> Attack:
     from sft_core.store_survey import damage, survey
 
     stored = {
-        "kind": "RawDataset", "step": "fetch", "name": "a", "fingerprint": "f" * 64, "parts": {}, "inputs": {}, "ledger": {},
+        "kind": "RawDataset", "step": "fetch", "name": "a", "fingerprint": "f" * 64, "parts": {}, "inputs": {},
+        "ledger": {},
         "files": {"a": {"size": 1, "sha256": "0" * 64}}, "facts": {}, "versions": {}, "device": "cpu",
         "started": "2026-01-01T00:00:00+00:00", "took_seconds": 1.0,
     }  # fmt: skip

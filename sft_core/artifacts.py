@@ -3,6 +3,7 @@
 `Artifact` names the bytes; `Manifest` describes them and, by being there, says that they are complete.
 """
 
+import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -85,7 +86,7 @@ class Manifest:
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Self:
         """Back from `as_dict`. ValueError naming what is missing or of another type."""
-        return read_typed(cls, value)
+        return read_typed(cls, json.dumps(value))
 
 
 def check_ledger(step: str, ledger: dict[str, dict[str, Any]]) -> None:

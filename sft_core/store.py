@@ -14,11 +14,11 @@ from pathlib import Path
 
 from sft_core.artifacts import KIND_OF_STEP, MANIFEST, Artifact, Manifest
 from sft_core.errors import StoreError
-from sft_core.json_text import parse_json
 from sft_core.lease import Lease, hold
 from sft_core.shards import Earlier, EarlierFolder, EarlierRemote, NothingEarlier
 from sft_core.store_cache import StoreCache, list_files, verify_files
 from sft_core.store_files import StoreFiles
+from sft_core.typed import read_typed
 
 __all__ = ["Store", "list_files", "verify_files"]
 
@@ -63,7 +63,7 @@ class Store:
         except FileNotFoundError:
             return None
         try:
-            return Manifest.from_dict(parse_json(text))
+            return read_typed(Manifest, text)
         except ValueError as error:
             shown = self.files.show(path)
             raise StoreError(f"{shown}: not a manifest ({error}); delete that folder and run again") from None

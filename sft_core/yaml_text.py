@@ -11,8 +11,29 @@ import yaml
 
 from sft_core.bounds import MOST_DEPTH, YAML_CHARACTERS, YAML_NODES, nests_too_deeply
 
+TOO_DEEP = f"keys nested more than {MOST_DEPTH} deep"
 
-class UniqueKeys(yaml.SafeLoader):
+
+class BoundedLoader(yaml.SafeLoader):
+    """YAML's scanner takes time that grows with the square of the depth."""
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:  # noqa: N803 - YAML's own name
+        """An opening bracket."""
+        _check_depth(self.flow_level)
+        super().fetch_flow_collection_start(TokenClass)
+
+    def add_indent(self, column: int) -> bool:
+        """A deeper line."""
+        _check_depth(len(self.indents))
+        return bool(super().add_indent(column))
+
+
+def _check_depth(depth: int) -> None:
+    if depth > MOST_DEPTH:
+        raise yaml.YAMLError(TOO_DEEP)
+
+
+class UniqueKeys(BoundedLoader):
     """YAML's own reader keeps the last of two equal keys, and loses the first without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -30,7 +51,7 @@ class UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+def read_yaml(text: str, loader: type[BoundedLoader] = BoundedLoader) -> Any:
     """The value. YAMLError, in one line, for what is no YAML, or none of a bearable size.
 
     >>> read_yaml("a: &x [1, 2]\\nb: *x")
@@ -46,11 +67,11 @@ def read_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any
         _check_nodes(node)
         value = reader.construct_document(node)
     except RecursionError:
-        raise yaml.YAMLError(f"keys nested more than {MOST_DEPTH} deep") from None
+        raise yaml.YAMLError(TOO_DEEP) from None
     except (yaml.YAMLError, ValueError, OverflowError, TypeError, KeyError, AttributeError) as error:
         raise yaml.YAMLError(" ".join(str(error).split())) from None  # a date 2026-99-99 is a ValueError, and so on
     if nests_too_deeply(value):
-        raise yaml.YAMLError(f"keys nested more than {MOST_DEPTH} deep")
+        raise yaml.YAMLError(TOO_DEEP)
     return value
 
 
