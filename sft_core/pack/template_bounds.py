@@ -121,9 +121,10 @@ def _operator(name: str, do: Operator) -> Operator:
 
 def _call(call: Callable[..., Any], context: Any, called: Any, *arguments: Any, **named: Any) -> Any:
     """A method or a macro: a text's `replace`, `center`, `format`, ... may grow it."""
-    owner = getattr(called, "__self__", None)
+    method = getattr(called, "__wrapped__", called)  # the sandbox wraps `format`
+    owner = getattr(method, "__self__", None)
     if isinstance(owner, str | bytes):
-        _check_growth(called.__name__, owner, arguments, named)
+        _check_growth(method.__name__, owner, arguments, named)
     return call(context, called, *arguments, **named)
 
 
