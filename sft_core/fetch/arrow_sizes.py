@@ -38,12 +38,10 @@ def sizes_of(column: Any) -> Sizes:
     if isinstance(kind, pa.BaseExtensionType):
         return sizes_of(column.storage)
     if any(test(kind) for test in SIZED):
-        return _filled(pc.binary_length(column)) + EMPTY_BYTES
-    if pa.types.is_fixed_size_binary(kind):
-        return np.full(len(column), float(kind.byte_width + EMPTY_BYTES))
+        lengths = pc.binary_length(column).fill_null(0)
+        return lengths.to_numpy(zero_copy_only=False).astype(float) + EMPTY_BYTES
     if pa.types.is_dictionary(kind):
-        sizes = sizes_of(column.dictionary)
-        return np.append(sizes, EMPTY_BYTES)[_indices(column.indices, len(sizes))]
+        return _of_dictionary(column)
     if pa.types.is_run_end_encoded(kind):
         ends = column.run_ends.to_numpy(zero_copy_only=False)
         return sizes_of(column.values)[np.searchsorted(ends, np.arange(len(column)) + column.offset, side="right")]
@@ -51,32 +49,49 @@ def sizes_of(column: Any) -> Sizes:
         parts = (sizes_of(column.field(number)) for number in range(kind.num_fields))
         return sum(parts, np.full(len(column), float(EMPTY_BYTES)))
     if any(test(kind) for test in LISTS):
-        values = _values(column)
         borders = column.offsets.to_numpy()
-        return _between(values, borders[:-1], borders[1:])
+        return _of_lists(_children(column), borders[:-1], borders[1:])
     if any(test(kind) for test in VIEWS):
         starts = column.offsets.to_numpy()[: len(column)]
-        return _between(sizes_of(column.values), starts, starts + column.sizes.to_numpy())
+        return _of_lists([column.values], starts, starts + column.sizes.to_numpy())
     if pa.types.is_fixed_size_list(kind):
         starts = (np.arange(len(column)) + column.offset) * kind.list_size
-        return _between(sizes_of(column.values), starts, starts + kind.list_size)
-    return np.full(len(column), float(EMPTY_BYTES))
+        return _of_lists([column.values], starts, starts + kind.list_size)
+    return np.full(len(column), float(_plain_bytes(kind)))
 
 
-def _values(column: Any) -> Sizes:
-    if pa.types.is_map(column.type):
-        return sizes_of(column.keys) + sizes_of(column.items)
-    return sizes_of(column.values)
+def _of_dictionary(column: Any) -> Sizes:
+    """Only those values are looked at that these rows have."""
+    indices = column.indices.fill_null(0).cast(pa.int64()).to_numpy(zero_copy_only=False)
+    used, places = np.unique(indices, return_inverse=True)
+    if not len(column.dictionary):
+        return np.full(len(column), float(EMPTY_BYTES))
+    return sizes_of(column.dictionary.take(pa.array(used)))[places]
 
 
-def _between(sizes: Sizes, starts: Any, ends: Any) -> Sizes:
-    before = np.concatenate([[0.0], np.cumsum(sizes)])
-    return before[ends] - before[starts] + EMPTY_BYTES
+def _of_lists(children: list[Any], starts: Any, ends: Any) -> Sizes:
+    """Sizes of lists, each from one place in its children to another; children that no list has are not looked at."""
+    total = np.full(len(starts), float(EMPTY_BYTES))
+    if not len(starts):
+        return total
+    first, last = int(starts.min()), int(ends.max())
+    for child in children:
+        if _is_plain(child.type):  # nulls have no bytes: there may be more of them than memory could count
+            total += (ends - starts) * float(_plain_bytes(child.type))
+        else:
+            before = np.concatenate([[0.0], np.cumsum(sizes_of(child.slice(first, last - first)))])
+            total += before[ends - first] - before[starts - first]
+    return total
 
 
-def _filled(lengths: Any) -> Sizes:
-    return lengths.fill_null(0).to_numpy(zero_copy_only=False).astype(float)
+def _children(column: Any) -> list[Any]:
+    return [column.keys, column.items] if pa.types.is_map(column.type) else [column.values]
 
 
-def _indices(indices: Any, missing: int) -> Any:
-    return pc.fill_null(indices.cast(pa.int64()), missing).to_numpy(zero_copy_only=False)
+def _is_plain(kind: Any) -> bool:
+    """Whether all values of the type have the same size."""
+    return not pa.types.is_nested(kind) and (pa.types.is_null(kind) or pa.types.is_primitive(kind))
+
+
+def _plain_bytes(kind: Any) -> int:
+    return EMPTY_BYTES + (kind.byte_width if pa.types.is_fixed_size_binary(kind) else 0)

@@ -41,6 +41,10 @@ def repeating_columns(table: pq.ParquetFile, file: IO[bytes], label: str) -> lis
     for number in range(table.metadata.num_row_groups):
         group = table.metadata.row_group(number)
         stored = [group.column(at) for at in range(group.num_columns)]
+        if strange := [chunk.path_in_schema for chunk in stored if chunk.path_in_schema not in nested]:
+            raise SourceError(
+                f"{label}: damaged: row group {number} has a column {strange[0]!r}, which the schema lacks"
+            )
         chunks = [_measured(file, chunk, number, nested[chunk.path_in_schema], label) for chunk in stored]
         expanded, size = sum(chunk.expanded for chunk in chunks), sum(chunk.total_compressed_size for chunk in stored)
         if expanded > allowed(size):

@@ -21,6 +21,7 @@ import pytest
 from sft_core.bounds import MOST_ROW_BYTES
 from sft_core.errors import SourceError
 from sft_core.fetch import fetch_dataset, read_shards
+from sft_core.fetch.arrow_sizes import sizes_of
 from sft_core.recipe import DatasetConfig
 
 MOST_MEGABYTES = 1_300
@@ -33,6 +34,7 @@ import json, resource, sys
 from pathlib import Path
 from sft_core.errors import SftError
 from sft_core.fetch import fetch_dataset, read_shards
+from sft_core.fetch.arrow_sizes import sizes_of
 from sft_core.recipe import DatasetConfig
 try:
     fetch_dataset(DatasetConfig(path=sys.argv[1]), Path(sys.argv[2]))
@@ -163,6 +165,40 @@ def csv_of_names(path: Path) -> Path:
 def test_a_file_that_expands_without_end_is_one_error(tmp_path: Path, bomb: Callable[[Path], Path]):
     error = in_a_process(bomb(tmp_path))["error"]
     assert re.search(r"a\..* expand to more than (2\d\d|4\d\d),\d{3},\d{3}, over 200 times as many", error)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_sizes_are_those_of_the_rows(offset: int):
+    texts = pa.array(["", "abc", None, "x" * 100])
+    columns = {
+        "text": texts,
+        "dictionary": texts.dictionary_encode(),
+        "list": pa.array([["abc"], [], None, ["x" * 50] * 2]),
+        "view": pa.ListViewArray.from_arrays(pa.array([3, 0, 0, 1]), pa.array([1, 0, 4, 2]), texts),
+        "fixed": pa.array([["a", "b"], ["c", ""], None, ["x" * 50, "x" * 50]], pa.list_(pa.string(), 2)),
+        "map": pa.array([[("k", "v")], [], None, [("k", "x" * 100)]], pa.map_(pa.string(), pa.string())),
+        "struct": pa.array([{"a": "", "b": 1}, None, {"a": "abc", "b": None}, {"a": "x" * 100, "b": 2}]),
+        "runs": pa.RunEndEncodedArray.from_arrays([1, 3, 4], ["", "abc", "x" * 100]),
+        "number": pa.array([1, 2, None, 4]),
+    }
+    wanted = {  # texts of the row, and 8 for each value, list, key and pair
+        "text": [8, 11, 8, 108],
+        "dictionary": [8, 11, 8, 108],
+        "list": [19, 8, 8, 124],
+        "view": [116, 8, 143, 27],
+        "fixed": [26, 25, 24, 124],
+        "map": [26, 8, 8, 125],
+        "struct": [24, 24, 27, 124],
+        "runs": [8, 11, 11, 108],
+        "number": [8, 8, 8, 8],
+    }
+    for name, column in columns.items():
+        assert sizes_of(column.slice(offset)).tolist() == wanted[name][offset:], name
+
+
+def test_nulls_that_take_no_bytes_are_not_counted_one_by_one():
+    lists = pa.LargeListArray.from_arrays(pa.array([0, 1 << 40], pa.int64()), pa.nulls(1 << 40))
+    assert sizes_of(lists).tolist() == [8 + 8 * 2**40]
 
 
 def test_xz_may_not_ask_for_a_gigabyte(tmp_path: Path):
