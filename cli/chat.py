@@ -11,6 +11,7 @@ import typer
 
 from cli.stopped import go_on
 from sft_core.stop import Stopped
+from sft_core.terminal import say
 
 
 def chat(
@@ -35,7 +36,7 @@ def chat(
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     if sys.stdin.isatty():
-        print("/reset forgets the talk, /exit ends it", file=sys.stderr)
+        say("/reset forgets the talk, /exit ends it", to_stderr=True)
     while (line := _read_line()) is not None:
         if line == "/exit":
             return
@@ -54,13 +55,13 @@ def _show(pieces: Generator[str]) -> str:
     try:
         with closing(pieces):
             for piece in pieces:
-                print(piece, end="", flush=True)
+                say(piece, end="")
                 shown.append(piece)
     except Stopped as stopped:
         if stopped.number != signal.SIGINT or not sys.stdin.isatty():
             raise
         go_on()
-    print()
+    say("")
     return "".join(shown)
 
 

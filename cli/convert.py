@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sft_core.terminal import say
+
 if TYPE_CHECKING:
     from sft_core.recipe import BaseModelConfig, LoraConfig
 
@@ -55,9 +57,9 @@ def pth_to_hf(  # noqa: PLR0913
     )
     with _filled(out) as folder:
         outcome = convert_checkpoint(checkpoint, folder, lora, resolved.base_model.path, options)
-    print(f"{out}: {outcome.facts['tensors']} tensors, {outcome.facts['parameters']:,} parameters")
+    say(f"{out}: {outcome.facts['tensors']} tensors, {outcome.facts['parameters']:,} parameters")
     if base is None:
-        print(f"not checked against the base model: {resolved.base_model.path} is no folder here")
+        say(f"not checked against the base model: {resolved.base_model.path} is no folder here")
 
 
 @app.command()
@@ -100,19 +102,17 @@ def merge(  # noqa: PLR0913
     )
     with _filled(out) as folder:
         facts = merge_adapter(base, adapter, folder, options).facts
-    print(
-        f"{out}: {facts['merged']} of {facts['tensors']} tensors merged into the {facts['base_weights']} base weights"
-    )
-    print(f"merged by {facts['merged_by']}")
-    print(f"base: {facts['base']}")
+    say(f"{out}: {facts['merged']} of {facts['tensors']} tensors merged into the {facts['base_weights']} base weights")
+    say(f"merged by {facts['merged_by']}")
+    say(f"base: {facts['base']}")
     certificate = facts["certificate"]
-    print(
+    say(
         f"certified: {certificate['candidates']}"
         if certificate["certified"]
         else f"not certified: {certificate['why']}"
     )
     if push_to is not None:
-        print(f"uploaded: {push_folder(out, push_to)}")
+        say(f"uploaded: {push_folder(out, push_to)}")
 
 
 @app.command()
@@ -134,8 +134,8 @@ def resize(
 
     with _filled(out) as folder:
         made = resize_base(local_base_model(BaseModelConfig(path=base), None), folder, add or ())
-    print(f"{out}: {made.after:,} token rows, {len(made.tokens):,} of them new: the mean of the others")
-    print(f"to train them: base_model.path: {out}, train.lora.trainable_tokens: {json.dumps(made.tokens)}")
+    say(f"{out}: {made.after:,} token rows, {len(made.tokens):,} of them new: the mean of the others")
+    say(f"to train them: base_model.path: {out}, train.lora.trainable_tokens: {json.dumps(made.tokens)}")
 
 
 def _overridden(

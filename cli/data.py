@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cli.preview import preview
+from sft_core.terminal import one_line, say
 
 if TYPE_CHECKING:
     from sft_core.normalize import CheckReport
@@ -54,7 +55,7 @@ def check(  # noqa: PLR0913 - one parameter an option
 
     asked = Asked() if recipe is None else Asked.by(resolve(recipe))
     report = check_dataset(DatasetConfig(path=file, name=name, split=split, source=source), map_fn, asked)
-    print(_as_json(file, report) if as_json else _as_text(file, report))
+    say(_as_json(file, report) if as_json else _as_text(file, report))
     if strict and report.warnings:
         raise typer.Exit(1)
 
@@ -106,7 +107,7 @@ def _as_text(file: str, report: "CheckReport") -> str:
     if report.little_fits:
         lines.append(_advice(report))
     lines += [f"warning: sft run would fail: {words}" for words in report.warnings]
-    return "\n".join(lines).encode("utf-8", "backslashreplace").decode("utf-8")
+    return "\n".join(map(one_line, lines))
 
 
 def _advice(report: "CheckReport") -> str:

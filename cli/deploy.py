@@ -13,6 +13,7 @@ import typer
 
 from cli.local_stack import DEPLOY_SECONDS, deploy_command, deploy_environment, prefect_file
 from cli.servers import ServerError
+from sft_core.terminal import say
 
 if TYPE_CHECKING:
     from tasks.upcoming import NextRun
@@ -44,7 +45,7 @@ def deploy(
         _require_pools(file)
         _register(file)
     found = scheduled_runs(wait, "the Prefect server's own log says why")
-    print("\n".join(run.words for run in found) or "no schedule is switched on")
+    say("\n".join(run.words for run in found) or "no schedule is switched on")
 
 
 def scheduled_runs(seconds: float, where: str) -> "list[NextRun]":
@@ -66,8 +67,10 @@ def _require_pools(file: Path) -> None:
     import yaml
     from prefect.client.orchestration import get_client
 
+    from sft_core.yaml_text import read_yaml
+
     try:
-        deployments = (yaml.safe_load(file.read_text("utf-8")) or {}).get("deployments") or []
+        deployments = (read_yaml(file.read_text("utf-8")) or {}).get("deployments") or []
         wanted = {pool["name"] for entry in deployments if (pool := entry.get("work_pool")) and pool.get("name")}
     except (yaml.YAMLError, AttributeError, TypeError) as error:
         raise ServerError(f"{file} is not Prefect's deployment file: {error}") from None
@@ -94,4 +97,4 @@ def _register(file: Path) -> None:
         end = "\n".join(done.stdout.splitlines()[-30:])
         raise ServerError(f"registering {file} failed, status {done.returncode}:\n{end}")
     names = register_automations(heartbeat_frequency())
-    print(f"registered {file} and the automations {', '.join(names)}")
+    say(f"registered {file} and the automations {', '.join(names)}")

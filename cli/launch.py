@@ -4,7 +4,6 @@ In: the environment, `--launcher`, `--ddp-timeout`. Out: a `Launch`, and the tra
 this process's part in it.
 """
 
-import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import typer
 
 from sft_core.errors import RecipeError
+from sft_core.terminal import say
 
 XTUNER_SPELLING = {"pytorch": "torchrun"}
 
@@ -86,7 +86,7 @@ def train_as(launch: Any, recipe: Any) -> None:
             else:
                 _train_along(retraining, launch)
     except TrainingStopped as stopped:
-        print(f"stopped: {stopped}", file=sys.stderr)
+        say(f"stopped: {stopped}", to_stderr=True)
         raise typer.Exit(EXIT_STOPPED) from None
 
 
@@ -96,7 +96,7 @@ def _lead(retraining: Any, launch: Any) -> None:
     from sft_core.train.ranks import TRAINING
 
     for note in retraining.plan.notes:
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}", to_stderr=True)
     fingerprint = retraining.plan["train"].fingerprint
     there = retraining.store.find("train", fingerprint) is not None
     alone = launch.nnodes == 1 or there
@@ -105,12 +105,12 @@ def _lead(retraining: Any, launch: Any) -> None:
             if key.startswith("fetch/") or key in ("normalize", "pack", "train"):
                 if key == "train" and not there:
                     for words in retraining.warnings():
-                        print(f"warning: {words}", flush=True)
+                        say(f"warning: {words}")
                 if key == "train" and heart is not None:
                     heart.say(state=TRAINING)
                 built = run_step(retraining, key)
-                print(f"{key}: {'reused' if built.reused else 'built'} {built.artifact.uri}", flush=True)
-    print(f"checkpoint: {retraining.folder('train') / 'checkpoint'}")
+                say(f"{key}: {'reused' if built.reused else 'built'} {built.artifact.uri}")
+    say(f"checkpoint: {retraining.folder('train') / 'checkpoint'}")
 
 
 def _train_along(retraining: Any, launch: Any) -> None:
@@ -120,7 +120,7 @@ def _train_along(retraining: Any, launch: Any) -> None:
     ranks = retraining.recipe.train.num_processes
     work = store.work_in_progress("train", fingerprint)
     trained = train_along(work, ranks, launch, lambda: store.find("train", fingerprint) is not None)
-    print(f"train: {'done; node 0 publishes it' if trained else 'reused'} {store.artifact('train', fingerprint).uri}")
+    say(f"train: {'done; node 0 publishes it' if trained else 'reused'} {store.artifact('train', fingerprint).uri}")
 
 
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:

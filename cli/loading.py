@@ -10,10 +10,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import yaml
-
 from cli.servers import ServerError
 from sft_core.own_packages import NAMES, find_collision
+from sft_core.yaml_text import read_yaml
 
 SECONDS = 600.0
 """Bound on loading; 5 s on an idle machine."""
@@ -60,6 +59,6 @@ def our_entrypoints(prefect_file: Path) -> list[str]:
     >>> our_entrypoints(Path("flows/prefect.yaml"))[:2]
     ['sft_cli.deployments.retrain', 'sft_cli.deployments.prepare']
     """
-    deployments = yaml.safe_load(prefect_file.read_text("utf-8")).get("deployments") or []
+    deployments = read_yaml(prefect_file.read_text("utf-8")).get("deployments") or []
     entrypoints = dict.fromkeys(str(deployment.get("entrypoint")) for deployment in deployments)
     return [entry for entry in entrypoints if entry.partition(".")[0] in ("flows", "sft_cli")]

@@ -12,6 +12,7 @@ from cli.environment import DEBUG, debugging, quiet_libraries, set_defaults
 from sft_core.disk_faults import disk_fault
 from sft_core.errors import SftError
 from sft_core.panics import panics_told
+from sft_core.terminal import guard, safe_error, say
 
 app = typer.Typer(
     name="sft",
@@ -44,6 +45,7 @@ def main() -> None:
     set_defaults()
     if not debugging():
         quiet_libraries()
+    guard()
     stopped.begin()
     try:
         with panics_told("a model's files"), stopped.telling(str):
@@ -52,7 +54,7 @@ def main() -> None:
         words = str(error) if isinstance(error, SftError) else disk_fault(error)
         if debugging() or words is None:
             raise
-        print(f"error: {words}", file=sys.stderr)
+        say(f"error: {safe_error(words)}", to_stderr=True)
         sys.exit(1)
 
 

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sft_core.terminal import say
+
 if TYPE_CHECKING:
     from sft_core.lineage import Recorded
     from tasks.registry import RegisteredVersion
@@ -22,12 +24,11 @@ def list_(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="One model; all by default.")] = None,
 ) -> None:
     """Show versions, aliases, verdicts, and how the champion changed."""
-    from rich.console import Console
-
+    from cli.console import SafeConsole
     from cli.models_text import versions_table
     from tasks.registry import model_names, read_history, read_versions
 
-    console = Console()
+    console = SafeConsole()
     for model_name in [name] if name is not None else model_names():
         versions = read_versions(model_name)
         if not versions:
@@ -48,7 +49,7 @@ def promote(
     from tasks.models import promote
 
     moved = promote(name, version, reason, override_gate=override_gate)
-    print(f"{name}: champion {moved.before or 'none'} -> {moved.after}")
+    say(f"{name}: champion {moved.before or 'none'} -> {moved.after}")
 
 
 @app.command()
@@ -60,7 +61,7 @@ def reject(
     """Bar a version that is not the champion from becoming it, such as one that waits for approval."""
     from tasks.models import reject
 
-    print(f"{name}: version {reject(name, version, reason)} is barred")
+    say(f"{name}: version {reject(name, version, reason)} is barred")
 
 
 @app.command()
@@ -73,7 +74,7 @@ def rollback(
     from tasks.models import rollback
 
     moved = rollback(name, reason, to)
-    print(f"{name}: champion {moved.before} -> {moved.after}; version {moved.before} is barred")
+    say(f"{name}: champion {moved.before} -> {moved.after}; version {moved.before} is barred")
 
 
 @app.command()
@@ -82,15 +83,14 @@ def lineage(model: Reference) -> None:
 
     Example: sft models lineage demo@champion
     """
-    from rich.console import Console
-
+    from cli.console import SafeConsole
     from cli.models_text import lineage_lines
     from sft_core.lineage import walk_ancestry
 
     name, version, recorded = _recorded(model)
     links = walk_ancestry(recorded.manifests, version.merged_fingerprint)
     for line in lineage_lines(name, version, recorded, links):
-        Console().print(line, highlight=False, markup=False, soft_wrap=True)
+        SafeConsole().print(line, highlight=False, markup=False, soft_wrap=True)
     if not all(link.sound for link in links):
         _refuse("the chain is broken: see the lines marked !")
 
@@ -104,20 +104,19 @@ def find_row(
 
     Example: sft models find-row demo '{"text": "### Human: Hi### Assistant: Hello"}'
     """
-    from rich.console import Console
-
+    from cli.console import SafeConsole
     from cli.models_text import row_table
     from tasks.lineage import find_row_uses
 
     found = find_row_uses(name, sys.stdin.read() if row == "-" else row)
     if not found:
         _refuse(f"no version of {name!r} in the registry; `sft models list` shows the names")
-    Console().print(row_table(found))
+    SafeConsole().print(row_table(found))
     trained = [version.number for version, use in found if use.use == "trained"]
     unknown = [version.number for version, use in found if use.use == "unknown"]
-    print(f"trained on it: {', '.join(dict.fromkeys(trained)) or 'none'}")
+    say(f"trained on it: {', '.join(dict.fromkeys(trained)) or 'none'}")
     if unknown:
-        print(f"not known, their artifacts are not in the store: {', '.join(dict.fromkeys(unknown))}")
+        say(f"not known, their artifacts are not in the store: {', '.join(dict.fromkeys(unknown))}")
 
 
 @app.command()
@@ -134,9 +133,9 @@ def diff(
 
     (_, first, before), (_, second, after) = (_recorded(f"{name}/{number}") for number in (old, new))
     difference = compare_recorded(before, after, read_trained_rows(before), read_trained_rows(after))
-    print(f"{name} {first.number} -> {second.number}")
+    say(f"{name} {first.number} -> {second.number}")
     for line in difference_lines(difference, rows):
-        print(line)
+        say(line)
 
 
 @app.command()
@@ -157,11 +156,11 @@ def reproduce(
     _, _, recorded = _recorded(model)
     with tempfile.TemporaryDirectory(prefix="sft-reproduce-") as scratch:
         first = Store(recorded.recipe["store"])
-        for compared in reproduce(recorded, Store(into or scratch), first, lambda line: print(line, file=sys.stderr)):
-            print(compared_line(compared), flush=True)
+        for compared in reproduce(recorded, Store(into or scratch), first, lambda line: say(line, to_stderr=True)):
+            say(compared_line(compared))
             if not compared.equal:
                 _refuse(f"{compared.key} is the first step that differs")
-    print("reproduced: every step is equal")
+    say("reproduced: every step is equal")
 
 
 def _recorded(model: str) -> "tuple[str, RegisteredVersion, Recorded]":

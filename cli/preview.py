@@ -14,11 +14,10 @@ from typing import Annotated, Any
 import typer
 
 from cli.run import RecipeArgument, SetOption
+from sft_core.terminal import one_line, safe, say
 
 RowsOption = Annotated[int, typer.Option("--rows", min=1, metavar="N", help="Rows to show, over all data sets.")]
 TRAINED_STYLE = "bold green"
-PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
-"""Control characters as pictures of them: a row must not steer the terminal."""
 Piece = tuple[str, bool]
 """A part of a sequence's text, and whether it is trained."""
 
@@ -41,15 +40,15 @@ def preview(recipe: RecipeArgument, rows: RowsOption = 3, set_: SetOption = None
 
     Example: sft data preview demo --rows 5
     """
-    from rich.console import Console
     from rich.text import Text
 
+    from cli.console import SafeConsole
     from sft_core.recipe import parse_settings, resolve
 
     resolved = resolve(recipe, parse_settings(set_ or []))
-    console = Console(highlight=False, soft_wrap=True)
+    console = SafeConsole(highlight=False, soft_wrap=True)
     if console.color_system is None or console.no_color:
-        print(preview_text(resolved, rows), end="")
+        say(preview_text(resolved, rows), end="")
         return
     for shown in preview_rows(resolved, rows):
         console.print(Text(shown.heading, "bold"))
@@ -144,11 +143,11 @@ def _sequences(row: dict[str, Any], tokenizer: Any, template: str, pack: Any) ->
     from sft_core.pack.rendering import render_conversation
     from sft_core.pack.renders import tools_of
 
-    heading = f"row {row['row_id']}  {row['dataset']}: {row['file']}, row {row['row_number']}"
+    heading = one_line(f"row {row['row_id']}  {row['dataset']}: {row['file']}, row {row['row_number']}")
     try:
         renderings = render_conversation(row["messages"], tokenizer, template, tools=tools_of(row))
     except RowError as error:
-        yield Previewed(f"{heading}  set aside by pack: {error}", ())
+        yield Previewed(one_line(f"{heading}  set aside by pack: {error}"), ())
         return
     sequences, thoughts, seen = encode_renderings(renderings, tokenizer), _thoughts(row["messages"]), ""
     for number, sequence in enumerate(sequences, 1):
@@ -167,7 +166,7 @@ def _sequences(row: dict[str, Any], tokenizer: Any, template: str, pack: Any) ->
 def _thoughts(messages: list[dict[str, Any]]) -> dict[int, str]:
     """Thoughts by the place of their message, as a terminal may show them."""
     thoughts = [message.get("reasoning_content") for message in messages]
-    return {place: thought.translate(PICTURES) for place, thought in enumerate(thoughts) if thought}
+    return {place: safe(thought) for place, thought in enumerate(thoughts) if thought}
 
 
 def _counted(thoughts: dict[int, str]) -> str:
@@ -185,6 +184,6 @@ def _pieces(tokenizer: Any, ids: list[int], trained: list[bool]) -> tuple[Piece,
     pieces, before = [], ""
     for end in ends:
         text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        pieces.append((text[len(before) :].translate(PICTURES), trained[end - 1]))
+        pieces.append((safe(text[len(before) :]), trained[end - 1]))
         before = text
     return tuple(pieces)

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from sft_core.terminal import say
+
 app = typer.Typer(no_args_is_help=True, help="The recipes that come with the project.")
 
 
@@ -15,7 +17,7 @@ def list_() -> None:
 
     for name, text in shipped_recipes().items():
         first = text.split("\n", 1)[0]
-        print(f"{name:38} {first.removeprefix('# ') if first.startswith('#') else ''}".rstrip())
+        say(f"{name:38} {first.removeprefix('# ') if first.startswith('#') else ''}".rstrip())
 
 
 @app.command()
@@ -29,7 +31,7 @@ def show(
 
     whole = as_yaml(resolve(recipe))  # also the check that it is one
     text = whole if resolved else read_recipe(recipe)
-    print(text, end="")
+    say(text, end="")
 
 
 @app.command()
@@ -47,7 +49,7 @@ def copy(
     if out.exists():
         raise RecipeError(f"{out}: exists already; choose another file")
     out.write_text(recipes[name], "utf-8")
-    print(f"{out}: edit it, then: sft run {out}")
+    say(f"{out}: edit it, then: sft run {out}")
 
 
 @app.command("import")
@@ -63,17 +65,17 @@ def import_(
         raise RecipeError(f"{out}: exists already; choose another file")
     imported = import_config(config)
     if out is None:
-        print(imported.text, end="")
+        say(imported.text, end="")
         return
     try:
         out.write_text(imported.text, "utf-8")
     except OSError as error:
         raise RecipeError(f"--out {out}: cannot be written: {error.strerror}") from None
-    print(f"{out}: {imported.keys} keys from {config}; {len(imported.remarks)} settings have no counterpart:")
+    say(f"{out}: {imported.keys} keys from {config}; {len(imported.remarks)} settings have no counterpart:")
     for remark in imported.remarks:
-        print(f"  {remark.name} = {remark.value}: {remark.why}")
+        say(f"  {remark.name} = {remark.value}: {remark.why}")
     if imported.skipped:
-        print(f"{len(imported.skipped)} statements were not followed, only running them would tell what they do:")
+        say(f"{len(imported.skipped)} statements were not followed, only running them would tell what they do:")
     for statement in imported.skipped:
-        print(f"  line {statement.line}: {statement.source}")
-    print(f"Next: read {out}, then: sft explain {out}")
+        say(f"  line {statement.line}: {statement.source}")
+    say(f"Next: read {out}, then: sft explain {out}")

@@ -7,10 +7,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cli.console import SafeConsole
 from cli.summary import set_aside
 from sft_core.artifacts import Manifest
 from sft_core.outlook import heldout_needed, heldout_shortage
@@ -31,7 +31,7 @@ NOT_REHEARSED = (
 STAND_IN = "the real tokenizer and architecture: lengths are about right, ids and names of layers may differ"
 
 
-def print_steps(console: Console, recipe: Recipe, plan: Plan, result: dict[str, Any] | None) -> None:
+def print_steps(console: SafeConsole, recipe: Recipe, plan: Plan, result: dict[str, Any] | None) -> None:
     """The table of steps. Without a `result`, the first one that left nothing is the one that failed."""
     found = _manifests(recipe, plan)
     table = Table("step", "", "seconds", "", box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -53,7 +53,9 @@ def print_steps(console: Console, recipe: Recipe, plan: Plan, result: dict[str, 
     console.print(table, highlight=False)
 
 
-def print_rehearsal(console: Console, recipe: Recipe, rehearsal: Rehearsal, plan: Plan, result: dict[str, Any]) -> None:
+def print_rehearsal(
+    console: SafeConsole, recipe: Recipe, rehearsal: Rehearsal, plan: Plan, result: dict[str, Any]
+) -> None:
     """The whole summary of a rehearsal that went through."""
     print_steps(console, rehearsal.recipe, plan, result)
     found = _manifests(rehearsal.recipe, plan)
@@ -64,7 +66,7 @@ def print_rehearsal(console: Console, recipe: Recipe, rehearsal: Rehearsal, plan
     console.print()
 
 
-def _list(console: Console, title: str, lines: tuple[str, ...] | list[str]) -> None:
+def _list(console: SafeConsole, title: str, lines: tuple[str, ...] | list[str]) -> None:
     if lines:
         console.print(f"\n[bold]{title}[/]")
     for line in lines:

@@ -7,7 +7,6 @@ store, Prefect's home and MLflow's database are the scratch folder's; the user's
 import atexit
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 from cli.environment import DEFAULTS
 from sft_core import stop
 from sft_core.errors import SftError
+from sft_core.terminal import say
 
 OWN_SERVERS = ("PREFECT_", "MLFLOW_")
 """Environment variables that name the user's servers, homes and runs begin so."""
@@ -27,7 +27,7 @@ OWN_SERVERS = ("PREFECT_", "MLFLOW_")
 def rehearse(recipe: Any, stand_in_rows: Sequence[Path], keep: bool, start: Callable[[str], Any]) -> None:
     """Rehearse `recipe`; `start` runs the retraining of a recipe file. The scratch folder is deleted unless `keep` or a
     failure needs it."""
-    from rich.console import Console
+    from cli.console import SafeConsole
 
     clock = time.monotonic()
     scratch = Path(tempfile.mkdtemp(prefix="sft-rehearsal-"))
@@ -36,7 +36,7 @@ def rehearse(recipe: Any, stand_in_rows: Sequence[Path], keep: bool, start: Call
     atexit.register(remove)  # before Prefect is imported: at exit, its server is stopped first
     try:
         with scratch_environment(scratch):
-            _rehearse(Console(), recipe, stand_in_rows, scratch, start)
+            _rehearse(SafeConsole(), recipe, stand_in_rows, scratch, start)
     except BaseException as error:
         keep = keep or ((scratch / "store").exists() and stop.asked() is None)
         if isinstance(error, SftError):
@@ -46,7 +46,7 @@ def rehearse(recipe: Any, stand_in_rows: Sequence[Path], keep: bool, start: Call
         if keep:
             atexit.unregister(remove)
             _say(f"kept: {scratch} (the recipe as run, store, base model, databases of MLflow and Prefect)")
-    print(f"rehearsed in {time.monotonic() - clock:.0f} s")
+    say(f"rehearsed in {time.monotonic() - clock:.0f} s")
 
 
 @contextmanager
@@ -93,4 +93,4 @@ def _rehearse(
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    say(line, to_stderr=True)

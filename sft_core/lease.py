@@ -26,6 +26,8 @@ from typing import Self
 
 from sft_core.errors import SftError, StoreError
 from sft_core.store_files import StoreFiles
+from sft_core.terminal import say
+from sft_core.typed import read_typed
 
 LEASE_SECONDS = 60.0
 """Silence after which a holder counts as dead. Renewed four times as often."""
@@ -58,25 +60,11 @@ class Holder:
     def from_bytes(cls, text: bytes) -> Self | None:
         """Back from `as_bytes`; None for what is no lease."""
         try:
-            holder = cls(**json.loads(text))
-        except (ValueError, TypeError, RecursionError):
-            return None
-        return holder if holder._is_whole else None
-
-    @property
-    def _is_whole(self) -> bool:
-        """Whether each value is of its type, the time one, and the silence no longer than MOST_SECONDS."""
-        texts = (self.host, self.machine, self.born, self.token, self.renewed)
-        numbers = (self.pid, self.beat, self.seconds)
-        if not all(isinstance(text, str) for text in texts) or not all(isinstance(n, int | float) for n in numbers):
-            return False
-        try:
-            told = datetime.fromisoformat(self.renewed).tzinfo is not None
+            holder = read_typed(cls, text)
+            renewed = datetime.fromisoformat(holder.renewed)
         except ValueError:
-            return False
-        return (
-            told and isinstance(self.pid, int) and isinstance(self.released, bool) and 0 < self.seconds <= MOST_SECONDS
-        )
+            return None
+        return holder if renewed.tzinfo is not None and 0 < holder.seconds <= MOST_SECONDS else None
 
     @property
     def gone(self) -> bool:
@@ -170,7 +158,7 @@ class Lease:
 
 
 @contextmanager
-def hold(files: StoreFiles, folder: str, what: str, on_line: Callable[[str], None] = print) -> Iterator[Lease]:
+def hold(files: StoreFiles, folder: str, what: str, on_line: Callable[[str], None] = say) -> Iterator[Lease]:
     """Wait until the lease in `folder` is free, then hold it. `what` is named in lines and errors. What fails inside
     once the lease was lost, failed of that: StoreError says so."""
     holder = Holder(seconds=LEASE_SECONDS, renewed=datetime.now(UTC).isoformat(timespec="seconds"))

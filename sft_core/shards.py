@@ -24,7 +24,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sft_core.artifacts import StoredFile, is_inside
+from sft_core.errors import StoreError
 from sft_core.fingerprint import hash_file
+from sft_core.terminal import say
+from sft_core.typed import read_typed
 
 SHARDS = "shards.json"
 Mapper = Callable[[Callable[[Any], "Made"], Sequence[Any]], Iterable["Made"]]
@@ -107,7 +110,8 @@ class EarlierRemote:
 
     def __init__(self, fs: Any, address: str) -> None:
         self._fs, self._address = fs, address
-        self._by_key = {shard.key: shard for shard in parse_shard_list(fs.cat_file(f"{address}/{SHARDS}").decode())}
+        listed = f"{address}/{SHARDS}"
+        self._by_key = {shard.key: shard for shard in parse_shard_list(fs.cat_file(listed), listed)}
 
     def find(self, key: str) -> Shard | None:
         """The shard with this key."""
@@ -124,7 +128,7 @@ class Sharding:
 
     earlier: Earlier = NothingEarlier()
     mapper: Mapper = map
-    on_line: Callable[[str], None] = print
+    on_line: Callable[[str], None] = say
     """Hears what is worth saying before the work begins."""
 
 
@@ -211,16 +215,18 @@ def build_shards(
 def read_shard_list(folder: Path) -> list[Shard]:
     """The shards of an artifact, in order; none where it has no list."""
     path = folder / SHARDS
-    return parse_shard_list(path.read_text("utf-8")) if path.is_file() else []
+    if not path.is_file():
+        return []
+    return parse_shard_list(path.read_bytes(), str(path))
 
 
-def parse_shard_list(text: str) -> list[Shard]:
-    """What `shards.json` says. ValueError for a file outside of the folder."""
-    shards = [
-        Shard(**{**entry, "files": {name: StoredFile(**file) for name, file in entry["files"].items()}})
-        for entry in json.loads(text)
-    ]
+def parse_shard_list(text: bytes, where: str) -> list[Shard]:
+    """What `shards.json` says. StoreError if that is no list of shards, or names a file outside of the folder."""
+    try:
+        shards = read_typed(list[Shard], text)
+    except ValueError as error:
+        raise StoreError(f"{where}: not a list of shards ({error}); delete that folder and run again") from None
     for shard in shards:
         if not all(is_inside(str(shard.path(Path(), name))) for name in shard.files):
-            raise ValueError(f"{SHARDS}: {shard.name} names a file outside of its folder")
+            raise StoreError(f"{where}: {shard.name} names a file outside of its folder; delete that folder")
     return shards

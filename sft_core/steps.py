@@ -32,6 +32,7 @@ from sft_core.plan_parts import Readings
 from sft_core.recipe import Recipe
 from sft_core.shards import Earlier, Mapper, NothingEarlier, Sharding, read_shard_list
 from sft_core.store import Store, list_files
+from sft_core.terminal import say
 from sft_core.train import TrainInputs, train_adapter
 from sft_core.train.holders import take_over
 from sft_core.train.launchers import ONE_MACHINE, Launch
@@ -60,7 +61,7 @@ class Retraining:
     recipe: Recipe
     plan: Plan
     store: Store
-    on_line: Callable[[str], None] = print
+    on_line: Callable[[str], None] = say
     champion: Path | None = None
     mapper: Mapper = map
     earlier: Earlier = NothingEarlier()

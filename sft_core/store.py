@@ -119,7 +119,7 @@ class Store:
             if self.files.sha256(f"{address}/{SHARDS}") != manifest.files[SHARDS].sha256:
                 return NothingEarlier()
             return EarlierFolder(Path(address)) if self.is_local else EarlierRemote(self.files, address)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):  # not a list of shards of this version
+        except (OSError, StoreError):  # not a list of shards of this version
             return NothingEarlier()
 
     @contextmanager

@@ -26,6 +26,7 @@ from prefect.events.actions import ChangeFlowRunState
 from prefect.settings.context import get_current_settings
 
 from sft_core.errors import RecipeError
+from sft_core.terminal import say
 
 TAG = "sft"
 """Of every deployment here, and of every flow run."""
@@ -202,4 +203,4 @@ def _event(state: str) -> str:
 
 if __name__ == "__main__":
     for made in register_automations(heartbeat_frequency()):
-        print(made)
+        say(made)

@@ -27,6 +27,7 @@ from sft_core.markdown import as_text
 from sft_core.plan import Plan
 from sft_core.recipe import Recipe
 from sft_core.register.charts import HEIGHT, WIDTH, line_chart
+from sft_core.terminal import say
 from tasks.fetch import source_name
 from tasks.run_step import Job
 from tasks.tracking import PartRun, client, find_run
@@ -45,7 +46,7 @@ Losses = list[tuple[float, float]]
 
 def show_ledger(job: Job) -> None:
     """A table of what fetch, normalize and pack did with every row; all three must be built."""
-    store, steps = job.retraining(print).store, job.plan.steps
+    store, steps = job.retraining(say).store, job.plan.steps
     moving = [key for key in steps if key.startswith("fetch/")] + ["normalize", "pack"]
     found = {key: store.find(steps[key].step, steps[key].fingerprint) for key in moving}
     rows = ledger_rows({key: manifest for key, manifest in found.items() if manifest is not None})
@@ -169,7 +170,7 @@ def only_shown(what: str) -> Iterator[None]:
 
 
 def _scores(job: Job) -> str:
-    store, steps = job.retraining(print).store, job.plan.steps
+    store, steps = job.retraining(say).store, job.plan.steps
     found = {key: store.find("evaluate", step.fingerprint) for key, step in steps.items() if step.step == "evaluate"}
     return scores_table({key: manifest for key, manifest in found.items() if manifest is not None})
 

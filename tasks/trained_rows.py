@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 from sft_core.lineage import trained_row_ids
 from sft_core.store import Store
+from sft_core.terminal import say
 from tasks.ancestry import ancestors, ancestors_of
 from tasks.registry import RegisteredVersion
 from tasks.run_step import Job
@@ -15,7 +16,7 @@ PACKED = "sft.pack"
 
 
 def rows_known_to_judged(
-    job: Job, champion: RegisteredVersion | None, on_line: Callable[[str], None] = print
+    job: Job, champion: RegisteredVersion | None, on_line: Callable[[str], None] = say
 ) -> Iterator[str]:
     """row_ids, with repeats. A model whose base is an earlier version's merged model knows that one's rows too."""
     store = Store(job.recipe.store)

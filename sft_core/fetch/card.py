@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from sft_core.errors import SourceError
+from sft_core.yaml_text import read_yaml
 
 CARD = "README.md"
 MOST_BYTES = 1_000_000
@@ -37,8 +38,8 @@ def _configs(fs: Any, folder: str) -> list[dict[str, Any]]:
         return []
     head = HEAD.match(fs.cat_file(card, 0, MOST_BYTES).decode("utf-8", "replace"))
     try:
-        data = yaml.safe_load(head[1]) if head else None
-    except (yaml.YAMLError, ValueError, RecursionError):
+        data = read_yaml(head[1]) if head else None
+    except yaml.YAMLError:
         return []  # a README of another kind
     configs = data.get("configs") if isinstance(data, dict) else None
     return [entry for entry in configs if isinstance(entry, dict)] if isinstance(configs, list) else []

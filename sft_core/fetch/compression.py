@@ -1,16 +1,17 @@
 """Compressed files, told by the last suffix of their name: .gz, .bz2, .xz, .lzma, .zst, .lz4, and .zip of one file.
 
-In: a file's name, and the file opened in binary. Out: the plain bytes. Zstandard and LZ4 are read by pyarrow, which
-reads several frames in a row and needs no further package. A zip of several files is refused: unpack it to a folder.
+In: a file's name, and the file opened in binary. Out: the plain bytes, as many as `bounds` allows. Zstandard and LZ4
+are read by pyarrow, which reads several frames in a row, needs no further package and takes no window over 128 MiB. A
+zip of several files is refused: unpack it to a folder.
 """
 
 import bz2
 import gzip
-import io
 import lzma
+import os
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import IO, cast
@@ -18,6 +19,7 @@ from typing import IO, cast
 import pyarrow as pa
 
 from sft_core.errors import SourceError
+from sft_core.fetch.expansion import bounded, xz_pieces
 
 COMPRESSION_OF_SUFFIX = {
     ".gz": "gzip",
@@ -54,7 +56,7 @@ def plain_suffix(name: str) -> str:
 
 def reason(error: Exception) -> str:
     """Type and beginning of a library's message, which may quote kilobytes of the file."""
-    text = f"{type(error).__name__}: {error}"
+    text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
 
 
@@ -69,27 +71,37 @@ def naming_damage(label: str) -> Iterator[None]:
 
 def decompress(file: IO[bytes], name: str) -> IO[bytes]:
     """`file` itself, or a reader of what is compressed in it."""
+    plain: Callable[[int], bytes]
     match compression_of(name):
         case None:
             return file
         case "gzip":
-            return cast(IO[bytes], gzip.GzipFile(fileobj=file, mode="rb"))
+            plain = gzip.GzipFile(fileobj=file, mode="rb").read1
         case "bz2":
-            return cast(IO[bytes], bz2.BZ2File(file))
+            plain = bz2.BZ2File(file).read1
         case "xz":
-            return cast(IO[bytes], lzma.LZMAFile(file))
+            plain = xz_pieces(file)
         case "zip":
-            return _only_member(file, name)
+            plain = _only_member(file, name).read1
         case codec:
-            return cast(IO[bytes], io.BufferedReader(pa.CompressedInputStream(file, codec)))
+            plain = pa.CompressedInputStream(file, codec).read
+    return bounded(plain, _size(file), name)
 
 
-def _only_member(file: IO[bytes], name: str) -> IO[bytes]:
+def _size(file: IO[bytes]) -> int:
+    """Bytes of the file, which stays where it is."""
+    at = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(at)
+    return size
+
+
+def _only_member(file: IO[bytes], name: str) -> zipfile.ZipExtFile:
     archive = zipfile.ZipFile(file)
     members = [m for m in archive.infolist() if not m.is_dir() and not m.filename.startswith("__MACOSX/")]
     if len(members) != 1:
         raise SourceError(f"{name}: a zip of {len(members)} files; unpack it and name the folder as the path")
     try:
-        return archive.open(members[0])
+        return cast(zipfile.ZipExtFile, archive.open(members[0]))
     except RuntimeError as error:  # encrypted, or a method that Python cannot read
         raise SourceError(f"{name}: {members[0].filename} in it cannot be read: {error}; unpack it yourself") from error

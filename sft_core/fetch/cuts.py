@@ -1,10 +1,9 @@
 """Where a source is cut into shards: files into groups, lines and rows into blocks.
 
-In: a source's files in order, or what is in one. Out: groups of files, blocks of lines or rows. Every border depends on
-the content around it alone, so that a file or row that comes or goes moves no other border.
+In: a source's files in order, or the lines or rows of one. Out: groups of files, blocks of lines or rows. Every border
+depends on the content around it alone, so that a file or row that comes or goes moves no other border.
 """
 
-import io
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -47,23 +46,6 @@ def group_files(files: Iterable[SourceFile]) -> Iterator[list[SourceFile]]:
             group, total = [], 0
     if group:
         yield group
-
-
-def split_lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines, each with its LF; CR, U+0085 and U+2028 end none.
-
-    >>> list(split_lines([b"a", b"b\\nc\\r\\n\\n", b"d"]))
-    [b'ab\\n', b'c\\r\\n', b'\\n', b'd']
-    """
-    begun: list[bytes] = []
-    for piece in pieces:
-        end = piece.rfind(b"\n") + 1
-        if end:
-            yield from io.BytesIO(b"".join((*begun, piece[:end])))
-            begun = []
-        begun.append(piece[end:])
-    if rest := b"".join(begun):
-        yield rest
 
 
 def cut(items: Iterable[Item], content: Callable[[Item], bytes]) -> Iterator[list[Item]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from sft_core.errors import SourceError
 from sft_core.fetch.arrow_rows import read_arrow, read_parquet
 from sft_core.fetch.compression import COMPRESSION_OF_SUFFIX, compression_of, decompress, naming_damage, plain_suffix
+from sft_core.fetch.expansion import Expansion
 from sft_core.fetch.json_rows import RawRow, read_json
 from sft_core.fetch.table_rows import read_csv
 from sft_core.fingerprint import CHUNK_BYTES
@@ -49,7 +50,15 @@ def detect_format(head: bytes, label: str) -> str:
 
 
 def read_rows(path: Path, format_: str, label: str) -> Iterator[RawRow]:
-    """Rows of a local file, which keeps the suffixes of its name. SourceError when it is broken as a whole."""
+    """Rows of a local file, which keeps the suffixes of its name. SourceError when it is broken as a whole, or its rows
+    are far more than a file of its size can hold."""
+    expansion = Expansion(path.stat().st_size, label)
+    for raw in _rows(path, format_, label):
+        expansion.add(len(raw.row))
+        yield raw
+
+
+def _rows(path: Path, format_: str, label: str) -> Iterator[RawRow]:
     with naming_damage(label):
         if format_ in ("parquet", "arrow"):
             plain = _plain_copy(path)

@@ -1,10 +1,11 @@
 """Rows of JSON files: an array, JSON Lines, or values one after another (a single pretty-printed object is one row).
 
 In: a binary file. Out: `RawRow`s whose `row` is the text as it stands in the file. Lines end at LF only: U+0085 and
-U+2028 are ordinary characters in JSON (RFC 8259). Memory: JSON Lines one line. An array is
-read a megabyte (or one element, where that is longer) at a time, be it in one line or many: it may be larger than
-memory. The `json` module sees an array's whole text only in its first line, to tell the layout, where that line has at
-most FIRST_PIECE bytes or the file is named .jsonl.
+U+2028 are ordinary characters in JSON (RFC 8259). Memory: one row, of MOST_ROW_BYTES at most. A longer line of JSON
+Lines is a row with the problem `too_large`; in the other layouts a longer value is the file's error. An array is read a
+megabyte (or one element, where that is longer) at a time, be it in one line or many: it may be larger than memory.
+The `json` module sees an array's whole text only in its first line, to tell the layout, where that line has at most
+FIRST_PIECE bytes (named .jsonl: MOST_ROW_BYTES).
 """
 
 import codecs
@@ -14,13 +15,17 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import IO, Any, NamedTuple
 
+from sft_core.bounds import MOST_ROW_BYTES, nests_too_deeply
 from sft_core.errors import SourceError
+from sft_core.fetch.lines import BOM, LongLine, split_lines, without_bom
+from sft_core.json_text import TOO_DEEP, may_nest, parse_json
 
-BOM = b"\xef\xbb\xbf"
 BLANK = re.compile(r"[ \t\r\n]*")
 READ_CHARACTERS = 1 << 20
 FIRST_PIECE = 8 << 20
 """Bytes of the first line that tell the layout. A longer one that begins with [ is an array, if not named .jsonl."""
+MOST_BLANK_LINES = 10_000
+"""Before the first row; more of them tell no layout."""
 CUT_CHARACTERS = 16
 """An error further than this before the end of what was read is no effect of the cut: longer than `-Infinity`."""
 
@@ -38,7 +43,8 @@ def read_json(file: IO[bytes], label: str, named_lines: bool) -> Iterator[RawRow
     """Rows of a JSON file of any layout. `named_lines`: its name says JSON Lines."""
     layout, head = json_layout(file, named_lines)
     if layout == "lines":
-        return read_lines(without_bom(itertools.chain(head, file)))
+        pieces = itertools.chain(head, iter(lambda: file.read(READ_CHARACTERS), b""))
+        return read_lines(without_bom(split_lines(pieces)))
     pieces = itertools.chain(head, iter(lambda: file.readline(READ_CHARACTERS), b""))
     scanner = _Scanner(decode_pieces(pieces, label), label)
     texts = scanner.elements() if layout == "array" else scanner.values()
@@ -48,15 +54,21 @@ def read_json(file: IO[bytes], label: str, named_lines: bool) -> Iterator[RawRow
 def json_layout(file: IO[bytes], named_lines: bool) -> tuple[str, list[bytes]]:
     """`lines`, `array` or `values`, and what was read of the file to tell."""
     head: list[bytes] = []
-    layout = ""
-    while not layout and sum(1 for line in head if line.strip()) < 2 and (line := file.readline(FIRST_PIECE)):
-        if len(line) == FIRST_PIECE and not line.endswith(b"\n"):
-            if not (named_lines or b"".join(head).strip()) and line.removeprefix(BOM).lstrip().startswith(b"["):
-                layout = "array"
-            else:
-                line += file.readline()
+    filled: list[bytes] = []
+    while len(filled) < 2 and len(head) < MOST_BLANK_LINES and (line := file.readline(FIRST_PIECE)):
+        is_cut = len(line) == FIRST_PIECE and not line.endswith(b"\n")
+        begins_array = not filled and line.removeprefix(BOM).lstrip().startswith(b"[")
+        if is_cut and not (begins_array and not named_lines):
+            line += file.readline(MOST_ROW_BYTES - FIRST_PIECE)
+            is_cut = len(line) == MOST_ROW_BYTES and not line.endswith(b"\n")
         head.append(line)
-    return layout or _layout([line.removeprefix(BOM) for line in head if line.strip()], named_lines), head
+        if is_cut and begins_array:
+            return "array", head
+        if line.strip():
+            filled.append(line.removeprefix(BOM))
+        if is_cut:
+            break
+    return _layout(filled, named_lines), head
 
 
 def decode_pieces(pieces: Iterable[bytes], label: str) -> Iterator[str]:
@@ -100,20 +112,17 @@ def _layout(head: list[bytes], named_lines: bool) -> str:
 def _value(text: str) -> Any:
     """The JSON value, or None where it is not JSON."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text)
+    except ValueError:
         return None
-
-
-def without_bom(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """A file's lines, the first without a byte order mark."""
-    rest = iter(lines)
-    return itertools.chain((first.removeprefix(BOM) for first in itertools.islice(rest, 1)), rest)
 
 
 def read_lines(lines: Iterable[bytes], before: int = 0) -> Iterator[RawRow]:
     """Rows of lines; `before` lines of the file came earlier. Blank lines have numbers too, and are no rows."""
     for number, line in enumerate(lines, start=before + 1):
+        if isinstance(line, LongLine):
+            yield RawRow(line.decode("utf-8", "backslashreplace"), number, too_large(line.size))
+            continue
         content = line.removesuffix(b"\n").removesuffix(b"\r")
         if content.strip():
             yield _read_line(content, number)
@@ -126,12 +135,17 @@ def _read_line(line: bytes, number: int) -> RawRow:
         problem = f"not_utf8: byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line"
         return RawRow(line.decode("utf-8", "backslashreplace"), number, problem)
     try:
-        json.loads(text)
+        parse_json(text)
     except json.JSONDecodeError as error:
         return RawRow(text, number, f"not_json: {error.msg.removesuffix(' at')} at column {error.pos + 1}")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested too deeply
+    except ValueError as error:  # a number of thousands of digits, brackets nested too deeply
         return RawRow(text, number, f"not_json: {error}")
     return RawRow(text, number)
+
+
+def too_large(size: int) -> str:
+    """The problem of a row of `size` bytes."""
+    return f"too_large: {size:,} bytes, and a row may have {MOST_ROW_BYTES:,}; a part of it is kept here"
 
 
 class _Scanner:
@@ -185,11 +199,12 @@ class _Scanner:
         more = True
         while True:
             try:
-                _, end = self.decode(self.text, self.at)
+                value, end = self.decode(self.text, self.at)
             except json.JSONDecodeError as error:
                 cut = error.msg.startswith("Unterminated") or error.pos + CUT_CHARACTERS > len(self.text)
                 if not (more and cut):
                     raise self.fault(error.msg, error.pos) from None
+                self._check_size(len(self.text) - self.at)
                 more = self._read_on()  # at the end of the file: once more, for the error's place
                 continue
             except (ValueError, RecursionError) as error:
@@ -197,8 +212,18 @@ class _Scanner:
             if more and end + CUT_CHARACTERS > len(self.text):  # a number may go on
                 more = self._read_on()
                 continue
-            start, self.at = self.at, end
-            return self.text[start:end]
+            self._check_size(end - self.at)
+            text = self.text[self.at : end]
+            if may_nest(text) and nests_too_deeply(value):
+                raise self.fault(TOO_DEEP, self.at)
+            self.at = end
+            return text
+
+    def _check_size(self, size: int) -> None:
+        if size > MOST_ROW_BYTES:
+            raise self.fault(
+                f"the value that begins here is over {MOST_ROW_BYTES:,} bytes, the most a row may have", self.at
+            )
 
     def fault(self, what: str, position: int) -> SourceError:
         """Error at a position of `text`."""

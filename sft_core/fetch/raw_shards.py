@@ -15,12 +15,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sft_core.fetch.cuts import cut, mark_last, split_lines
-from sft_core.fetch.json_rows import RawRow, read_lines, without_bom
+from sft_core.fetch.cuts import cut, mark_last
+from sft_core.fetch.json_rows import RawRow, read_lines
+from sft_core.fetch.lines import LongLine, split_lines, without_bom
 from sft_core.fingerprint import hash_value
 from sft_core.shards import Earlier, Made, ShardWriter
 
-STEP_VERSION = 4
+STEP_VERSION = 5
 ROWS = "rows/*.parquet"
 RAW_SCHEMA = pa.schema(
     [("row", pa.string()), ("file", pa.int32()), ("row_number", pa.int64()), ("problem", pa.string())]
@@ -58,7 +59,8 @@ class RawShards:
         first_row = 0
         for lines in cut(without_bom(split_lines(pieces)), bytes):
             place = {"files": [label], "first_row": first_row}
-            key = _key("lines", hashlib.sha256(b"".join(lines)).hexdigest())
+            long = [line.sha256 for line in lines if isinstance(line, LongLine)]
+            key = _key("lines", hashlib.sha256(b"".join(lines)).hexdigest(), *long)
             if not self._writer.take(key, place):
                 self._write(key, [(0, raw) for raw in read_lines(lines, first_row)], place)
             first_row += len(lines)

@@ -19,6 +19,7 @@ from sft_core.plan import Plan
 from sft_core.recipe import resolve
 from sft_core.steps import Retraining, run_step
 from sft_core.store import Store
+from sft_core.terminal import say
 from sft_core.trust import require_remote_code
 
 ABOUT_THE_RUN = (
@@ -49,7 +50,7 @@ class Compared:
 
 
 def reproduce(
-    recorded: Recorded, store: Store, first_store: Store, on_line: Callable[[str], None] = print
+    recorded: Recorded, store: Store, first_store: Store, on_line: Callable[[str], None] = say
 ) -> Iterator[Compared]:
     """Build step by step into `store`, and compare each with its recorded manifest."""
     recipe = resolve({**recorded.recipe, "store": store.url})

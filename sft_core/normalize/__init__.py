@@ -19,6 +19,7 @@ unknown_role       a role that the map_fn does not know (tool messages: `message
 content_part       a content is a list, and a part of it is no text; or beside it stand images, audio or a refusal
 two_thoughts       an assistant's message has two thoughts that differ, under two names
 bad_thought        a thought that is no text, under a name that is not read, or on another's message
+too_large          a row of over 16 MiB; its beginning is kept
 unread_column      a column that is known to carry context and that the map_fn does not use (`reads`)
 tool_calls         calls or tools that cannot be read, or a map_fn that has no place for them
 bad_arguments      a call's arguments are no JSON object

@@ -36,7 +36,7 @@ from sft_core.recipe import PackConfig
 from sft_core.shard_rows import locate, read_shard
 from sft_core.shards import Sharding, ShardJob, ShardWriter, build_shards, read_shard_list
 
-STEP_VERSION = 4
+STEP_VERSION = 5
 """Raised when the step's output changes for the same input."""
 TRAIN_FILES = "train/*.parquet"
 QUARANTINE = "quarantine/part-00000.jsonl"

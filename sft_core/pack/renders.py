@@ -16,6 +16,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from sft_core.errors import RecipeError, RowError, SftError
 from sft_core.pack.controls import Controls
 from sft_core.pack.template import Span, compiled_template
+from sft_core.pack.template_bounds import TooCostly
 from sft_core.pack.thoughts import thinks_inline, without_thought
 
 Tools = SequenceOf[dict[str, Any]]
@@ -23,6 +24,9 @@ KEYS = frozenset({"content", "tool_calls", "name", "tool_call_id", "reasoning_co
 """What a message can hold beside `role` and `weight`."""
 REASONING_ALIASES = ("reasoning", "thinking")
 """Older names of `reasoning_content`."""
+SMALL_CHARACTERS = 100_000
+REFUSALS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
+"""What a template raises, or lets Python raise."""
 NEXT = "next"
 """A user's message that shows how a rendering goes on."""
 
@@ -119,9 +123,20 @@ class Renders:
             return compiled.render(chat, self.tools, prompt)
         except SftError:
             raise
+        except TooCostly as error:
+            if _is_small(chat, self.tools):
+                raise RecipeError(
+                    f"pack.chat_template: {error} for a conversation of {len(chat)} short messages"
+                ) from None
+            raise RowError("template_cost", f"the chat template is too costly for it: {error}") from None
         except Exception as error:  # noqa: BLE001 - a template may do anything with a row
             first = f"the first {len(chat)} messages" if chat else "a conversation that begins with an answer"
             raise RowError("template_error", f"the chat template refuses {first}: {error}") from None
+
+
+def _is_small(chat: list[dict[str, Any]], tools: Tools | None) -> bool:
+    """Whether a rendering of it should be quick: then the template is at fault, and not the row."""
+    return len(repr((chat, tools))) < SMALL_CHARACTERS
 
 
 def plain_message(message: dict[str, Any], controls: Controls | None) -> dict[str, Any]:

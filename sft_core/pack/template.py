@@ -20,6 +20,7 @@ from jinja2 import pass_context
 from jinja2.runtime import Context
 
 from sft_core.errors import RecipeError
+from sft_core.pack.template_bounds import bound_template, take_blocks, within_time
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 STRFTIME_DATE = "strftime_date"
@@ -42,7 +43,7 @@ class CompiledTemplate:
         from transformers.utils import chat_template_utils  # imports torch
 
         self.marked = GENERATION_MARK.search(chat_template) is not None
-        self._template = chat_template_utils._compile_jinja_template(chat_template)
+        self._template = bound_template(chat_template)
         self._alias_reasoning_fields = chat_template_utils._alias_reasoning_fields
         fixed = {"documents": None, "strftime_now": strftime_fixed}
         self._variables = {**self._template.globals, **special_tokens, **fixed}
@@ -50,7 +51,14 @@ class CompiledTemplate:
     def render(
         self, chat: list[dict[str, Any]], tools: list[dict[str, Any]] | None, prompt: bool
     ) -> tuple[str, list[Span]]:
-        """Text of `chat` and the spans of characters that the template marks; with `prompt`, an answer's opening."""
+        """Text of `chat` and the spans of characters that the template marks; with `prompt`, an answer's opening.
+        TooCostly beyond the bounds of time and size."""
+        with within_time():
+            return self._render(chat, tools, prompt)
+
+    def _render(
+        self, chat: list[dict[str, Any]], tools: list[dict[str, Any]] | None, prompt: bool
+    ) -> tuple[str, list[Span]]:
         variables = {
             **self._variables,
             "messages": self._alias_reasoning_fields(chat),
@@ -61,10 +69,10 @@ class CompiledTemplate:
         blocks: list[str] = []
         marks: list[Span] = []
         if not self.marked:
-            return "".join(self._template.root_render_func(context)), marks
+            take_blocks(self._template.root_render_func(context), blocks)
+            return "".join(blocks), marks
         with TRACKING, self._template.environment.activate_tracker(blocks, marks):
-            for block in self._template.root_render_func(context):
-                blocks.append(block)  # noqa: PERF402 - the tracker reads how far the text is
+            take_blocks(self._template.root_render_func(context), blocks)  # the tracker reads how far the text is
         return "".join(blocks), marks
 
 

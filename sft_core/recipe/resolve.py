@@ -14,11 +14,16 @@ import fsspec
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from sft_core.bounds import YAML_CHARACTERS
 from sft_core.errors import RecipeError
 from sft_core.recipe.code import is_remote, refuse_brought_code
 from sft_core.recipe.credentials import refuse_credentials
 from sft_core.recipe.sections import Recipe
 from sft_core.trust import trust_folder
+from sft_core.yaml_text import UniqueKeys, read_yaml
+
+SHOWN_CHARACTERS = 200
+"""Of a value in an error."""
 
 
 def resolve(recipe: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -50,35 +55,20 @@ def load_recipe(recipe: str | os.PathLike[str], *, show_values: bool = True) -> 
     is in it."""
     text = read_recipe(str(recipe))
     try:
-        values = yaml.load(text, UniqueKeys)  # a SafeLoader
+        values = read_yaml(text, UniqueKeys)
     except yaml.YAMLError as error:
         raise RecipeError(f"{recipe}: not YAML: {error if show_values else _place(error)}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{recipe}: a recipe is a mapping of keys, this is {type(values).__name__}; see recipes/")
+    strange = next((key for key in values if not isinstance(key, str)), None)
+    if strange is not None:
+        raise RecipeError(f"{recipe}: the key {short(strange)} is a {type(strange).__name__}, not a name; see recipes/")
     return values
 
 
 def _place(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     return f"line {mark.line + 1}, column {mark.column + 1}" if mark is not None else "a key stands in it twice"
-
-
-class UniqueKeys(yaml.SafeLoader):
-    """YAML's own reader keeps the last of two equal keys, and loses the first without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping; YAMLError if a key stands in it twice."""
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                line = key.start_mark.line + 1
-                if key.value in lines:
-                    raise yaml.YAMLError(
-                        f"the key {key.value!r} stands in line {lines[key.value]} and again in line {line}; the first "
-                        "one would be lost"
-                    )
-                lines[key.value] = line
-        return super().construct_mapping(node, deep)
 
 
 def shipped_recipes() -> dict[str, str]:
@@ -111,7 +101,10 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
         dotted, equals, text = setting.partition("=")
         if not equals or not dotted:
             raise RecipeError(f"--set {setting!r}: write it as section.key=value, for example train.learning_rate=1e-4")
-        value: Any = _yaml_value(text)
+        try:
+            value: Any = _yaml_value(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--set {short(dotted)}: not YAML: {error}") from None
         for key in reversed(dotted.split(".")):
             value = {key: value}
         overrides = merge_keys(overrides, value)
@@ -119,7 +112,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
 
 
 def _yaml_value(text: str) -> object:
-    value = yaml.safe_load(text)
+    value = read_yaml(text)
     if isinstance(value, str):
         try:
             return float(value)  # YAML 1.1 reads 1e-4 as text
@@ -138,7 +131,7 @@ def read_recipe(recipe: str) -> str:
         raise unknown_recipe(recipe)
     try:
         with fsspec.open(recipe, "rt", encoding="utf-8") as file:
-            return str(file.read())
+            return str(file.read(YAML_CHARACTERS + 1))  # one more is an error where it is parsed
     except (OSError, ValueError, ImportError) as error:
         raise RecipeError(f"{recipe}: cannot be read: {error}") from None
 
@@ -156,7 +149,7 @@ def _explain(error: ValidationError, where: str, show_values: bool) -> str:
 
 
 def _explain_one(entry: Any, show_values: bool) -> str:
-    value = f" (value {entry['input']!r})" if show_values else ""
+    value = f" (value {short(entry['input'])})" if show_values else ""
     location = [str(part) for part in entry["loc"]]
     dotted = ".".join(location) or "recipe"
     if entry["type"] == "extra_forbidden":
@@ -168,6 +161,12 @@ def _explain_one(entry: Any, show_values: bool) -> str:
         return f"  {dotted}: missing; it has no default"
     message = str(entry["msg"]).removeprefix("Value error, ")
     return f"  {dotted}: {message}{value}"
+
+
+def short(value: object) -> str:
+    """The beginning of a value's repr."""
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
 def _keys_at(location: list[str]) -> list[str]:

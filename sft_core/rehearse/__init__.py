@@ -18,6 +18,7 @@ from sft_core.recipe.resolve import merge_keys
 from sft_core.rehearse.base_model import TinyBase, make_tiny_base
 from sft_core.rehearse.changes import changed_sections
 from sft_core.rehearse.rows import SampledRows, sample_rows, texts_of
+from sft_core.terminal import say
 from sft_core.train.limits import check_training
 
 __all__ = ["ROWS", "Rehearsal", "SampledRows", "TinyBase", "prepare_rehearsal"]
@@ -38,7 +39,7 @@ class Rehearsal:
 
 
 def prepare_rehearsal(
-    recipe: Recipe, scratch: Path, stand_in_rows: Sequence[Path] = (), on_line: Callable[[str], None] = print
+    recipe: Recipe, scratch: Path, stand_in_rows: Sequence[Path] = (), on_line: Callable[[str], None] = say
 ) -> Rehearsal:
     """Write rows and base model below `scratch`. SftError for what a real run would refuse as well.
 

@@ -15,6 +15,7 @@ from sft_core.artifacts import Outcome
 from sft_core.base_check import check_folder
 from sft_core.errors import TrainError
 from sft_core.recipe import TrainConfig
+from sft_core.terminal import say
 from sft_core.train.best import best_checkpoint, best_in
 from sft_core.train.checkpoints import newest_complete, step_of
 from sft_core.train.launch import run_training
@@ -46,7 +47,7 @@ class TrainInputs:
 
 
 def train_adapter(
-    inputs: TrainInputs, config: TrainConfig, seed: int, out: Path, on_line: Callable[[str], None] = print
+    inputs: TrainInputs, config: TrainConfig, seed: int, out: Path, on_line: Callable[[str], None] = say
 ) -> Outcome:
     """Train to the last optimizer step, going on from `inputs.work` if it holds a complete checkpoint."""
     work = inputs.work.resolve()

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sft_core.errors import TrainError
+from sft_core.terminal import say
 from sft_core.train.holders import newest_holder
 from sft_core.train.launch import run_training
 from sft_core.train.launchers import Launch
@@ -33,7 +34,7 @@ def leading(work: Path, launch: Launch) -> Iterator[Heart]:
 
 
 def train_along(
-    work: Path, num_processes: int, launch: Launch, built: Callable[[], bool], on_line: Callable[[str], None] = print
+    work: Path, num_processes: int, launch: Launch, built: Callable[[], bool], on_line: Callable[[str], None] = say
 ) -> bool:
     """The other nodes: wait for node 0's data, then run this machine's ranks to their end. False if `built` says that
     there is nothing to train. TrainError if node 0 gives no sign of life or the folders are not shared."""

@@ -20,6 +20,7 @@ from sft_core.recipe.xtuner.model import read_model
 from sft_core.recipe.xtuner.reasons import remark_on_the_rest
 from sft_core.recipe.xtuner.text import as_text
 from sft_core.recipe.xtuner.training import read_training
+from sft_core.yaml_text import read_yaml
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ def import_config(file: Path) -> Imported:
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._") or "imported"
     text = as_text(config, name)
     try:
-        recipe = resolve(yaml.safe_load(text))
-    except RecipeError as error:
+        recipe = resolve(read_yaml(text))
+    except (RecipeError, yaml.YAMLError) as error:
         raise RecipeError(f"{file}: its values make no recipe: {error}") from None
     return Imported(text, recipe, len(config.lines), tuple(config.remarks), tuple(config.skipped))
