@@ -10,6 +10,7 @@ import pytest
 
 from sft_core import lease
 from sft_core.artifacts import Manifest
+from sft_core.errors import StoreError
 from sft_core.lease import hold, live_holder
 from sft_core.shards import parse_shard_list
 from sft_core.store import Store, list_files
