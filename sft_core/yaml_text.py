@@ -14,6 +14,14 @@ from sft_core.bounds import MOST_DEPTH, YAML_CHARACTERS, YAML_NODES, nests_too_d
 TOO_DEEP = f"keys nested more than {MOST_DEPTH} deep"
 
 
+class NotYaml(yaml.YAMLError):
+    """In one line. `place`: what of it repeats nothing of the text."""
+
+    def __init__(self, error: Exception, place: str) -> None:
+        super().__init__(" ".join(str(error).split()))
+        self.place = place
+
+
 class BoundedLoader(yaml.SafeLoader):
     """YAML's scanner takes time that grows with the square of the depth."""
 
@@ -68,8 +76,13 @@ def read_yaml(text: str, loader: type[BoundedLoader] = BoundedLoader) -> Any:
         value = reader.construct_document(node)
     except RecursionError:
         raise yaml.YAMLError(TOO_DEEP) from None
-    except (yaml.YAMLError, ValueError, OverflowError, TypeError, KeyError, AttributeError) as error:
-        raise yaml.YAMLError(" ".join(str(error).split())) from None  # a date 2026-99-99 is a ValueError, and so on
+    except yaml.MarkedYAMLError as error:
+        place = error.problem_mark
+        raise NotYaml(error, f"line {place.line + 1}, column {place.column + 1}" if place else "") from None
+    except yaml.reader.ReaderError as error:
+        raise NotYaml(error, "it holds a character that YAML does not allow") from None
+    except (ValueError, OverflowError, TypeError, KeyError, AttributeError) as error:
+        raise NotYaml(error, "a value of it has no meaning") from None  # a date 2026-99-99, and so on
     if nests_too_deeply(value):
         raise yaml.YAMLError(TOO_DEEP)
     return value

@@ -20,7 +20,7 @@ from sft_core.recipe.code import is_remote, refuse_brought_code
 from sft_core.recipe.credentials import refuse_credentials
 from sft_core.recipe.sections import Recipe
 from sft_core.trust import trust_folder
-from sft_core.yaml_text import UniqueKeys, read_yaml
+from sft_core.yaml_text import NotYaml, UniqueKeys, read_yaml
 
 SHOWN_CHARACTERS = 200
 """Of a value in an error."""
@@ -67,8 +67,8 @@ def load_recipe(recipe: str | os.PathLike[str], *, show_values: bool = True) -> 
 
 
 def _place(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    return f"line {mark.line + 1}, column {mark.column + 1}" if mark is not None else "a key stands in it twice"
+    """The error without what the text says; ours name keys alone."""
+    return error.place if isinstance(error, NotYaml) else str(error)
 
 
 def shipped_recipes() -> dict[str, str]:

@@ -152,7 +152,6 @@ def test_a_shard_outside_of_its_folder_is_refused() -> None:
         {"renewed": "2026-01-01T00:00:00"},
         {"renewed": 5},
         {"released": "no"},
-        {"unknown": 1},
     ],
     ids=str,
 )
