@@ -3,8 +3,7 @@
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -12,12 +11,13 @@ from sft_core import steps
 from sft_core.artifacts import Outcome
 from sft_core.errors import StoreError
 from sft_core.lease import Holder
+from sft_core.plan import plan_recipe
+from sft_core.recipe import resolve
 from sft_core.steps import Retraining, run_step
 from sft_core.store import Store
 from sft_core.train.holders import holders, newest_holder, take_over
 
 FIRST, SECOND, THIRD = "00000001-aaaaaaaa", "00000002-bbbbbbbb", "00000003-cccccccc"
-FINGERPRINT = "ab" * 32
 
 
 def test_state_goes_on_to_the_next_holder_and_the_last_one_has_no_path_to_it(tmp_path: Path) -> None:
@@ -49,18 +49,20 @@ def test_a_holder_that_comes_late_takes_nothing_from_the_next_one(tmp_path: Path
     assert newest_holder(tmp_path) == second
 
 
-def retraining(store: Store) -> Retraining:
-    """What `run_step` reads of a retraining."""
-    recipe = SimpleNamespace(name="r", base_model=SimpleNamespace(path="base"))
-    step = SimpleNamespace(key="train", step="train", fingerprint=FINGERPRINT, parts={}, inputs={})
-    return Retraining(cast(Any, recipe), cast(Any, {"train": step}), store, lambda _: None)
+@pytest.fixture
+def retraining(tiny_model: Path, tmp_path: Path) -> Retraining:
+    """One that is planned; only its train step is run."""
+    (tmp_path / "rows.jsonl").write_text('{"input": "ask", "output": "say"}\n')
+    values = {"name": "r", "base_model": {"path": str(tiny_model)}, "pack": {"chat_template": "chatml"}}
+    recipe = resolve({**values, "datasets": [{"path": str(tmp_path / "rows.jsonl")}]})
+    return Retraining(recipe, plan_recipe(recipe), Store(str(tmp_path / "store")), lambda _: None)
 
 
 def test_a_trainer_that_loses_its_lease_behind_its_last_step_neither_publishes_nor_deletes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    retraining: Retraining, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = Store(str(tmp_path))
-    work = store.work_in_progress("train", FINGERPRINT)
+    store, fingerprint = retraining.store, retraining.plan["train"].fingerprint
+    work = store.work_in_progress("train", fingerprint)
 
     def train(run: Retraining, planned: Any, out: Path) -> Outcome:
         (out / "result").write_text("x")
@@ -72,23 +74,31 @@ def test_a_trainer_that_loses_its_lease_behind_its_last_step_neither_publishes_n
 
     monkeypatch.setitem(steps.BUILDERS, "train", train)
     with pytest.raises(StoreError, match="another one took over"):
-        run_step(retraining(store), "train")
-    assert store.find("train", FINGERPRINT) is None
+        run_step(retraining, "train")
+    assert store.find("train", fingerprint) is None
     assert (work / SECOND / "checkpoint-1").is_dir()
     assert json.loads((work / "lease" / "00000002.json").read_text())["host"] == "far"
 
 
-def test_a_training_that_is_done_leaves_its_artifact_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store(str(tmp_path))
+def test_a_training_that_is_done_leaves_its_artifact_alone(
+    retraining: Retraining, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, fingerprint = retraining.store, retraining.plan["train"].fingerprint
 
     def train(run: Retraining, planned: Any, out: Path) -> Outcome:
         assert run.lease is not None
-        (take_over(store.work_in_progress("train", FINGERPRINT), run.lease.name) / "checkpoint-1").mkdir()
+        (take_over(store.work_in_progress("train", fingerprint), run.lease.name) / "checkpoint-1").mkdir()
         (out / "result").write_text("x")
         return Outcome()
 
     monkeypatch.setitem(steps.BUILDERS, "train", train)
-    assert not run_step(retraining(store), "train").reused
-    assert sorted(path.name for path in (tmp_path / "train" / FINGERPRINT).iterdir()) == ["manifest.json", "result"]
-    assert run_step(retraining(store), "train").reused
-    assert sorted(path.name for path in (tmp_path / "train" / FINGERPRINT).iterdir()) == ["manifest.json", "result"]
+    assert not run_step(retraining, "train").reused
+    assert sorted(path.name for path in (Path(store.url) / "train" / fingerprint).iterdir()) == [
+        "manifest.json",
+        "result",
+    ]
+    assert run_step(retraining, "train").reused
+    assert sorted(path.name for path in (Path(store.url) / "train" / fingerprint).iterdir()) == [
+        "manifest.json",
+        "result",
+    ]
