@@ -14,7 +14,8 @@ row         the raw row as JSON text, exactly as read (JSON Lines, JSON); rows o
 file        the file's name as a human knows it: its base name, or its path below the folder or glob
 row_number  from 1: the line of the file (JSON Lines, CSV: where the row begins), else the place among the rows
 problem     null, or `reason: detail` of a line that could not be read; `row` then holds its text, bad bytes escaped:
-            not_utf8, not_json, bad_csv_row, too_large; not_text for a table's value that neither Python nor JSON can hold
+            not_utf8, not_json, bad_csv_row, too_large; not_text for a table's value that neither Python nor
+            JSON can hold
 
 Blank lines are not rows. A file that is broken as a whole (a JSON array with a trailing comma, a CSV that is not UTF-8)
 is a SourceError; a broken line of JSON Lines is kept, with its problem, for normalize to set aside.
