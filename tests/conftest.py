@@ -76,7 +76,8 @@ def process_as_found() -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="session")
 def folders_of_tests(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Code that tests write is trusted, wherever the test's current folder is."""
-    os.environ["SFT_TRUSTED_MODULES"] = str(tmp_path_factory.getbasetemp())
+    base = tmp_path_factory.getbasetemp()  # of this process; those of `-n 2` share the folder above
+    os.environ["SFT_TRUSTED_MODULES"] = str(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from sft_core.evaluate.answers import behind_thought, rouge_l, scorer_source
 from sft_core.evaluate.calls import CallScore, score_calls
 from sft_core.evaluate.harness import harness_parts, run_harness
 from sft_core.evaluate.report import EvaluationReport, Identity, Score, read_report, write_report
-from sft_core.evaluate.scorer import scoring
+from sft_core.evaluate.scorer import open_scorer
 from sft_core.fingerprint import hash_value
 from sft_core.recipe import EvaluateConfig
 
@@ -49,7 +49,7 @@ class EvaluatedModel:
 
 def evaluate_model(model: EvaluatedModel, conversations: Path, config: EvaluateConfig, seed: int, out: Path) -> Outcome:
     """Score every held-out conversation, and generate an answer to `config.max_generated_rows` of them."""
-    with nullcontext() if config.scorer is None else scoring(config.scorer) as scorer:  # a wrong name fails at once
+    with nullcontext() if config.scorer is None else open_scorer(config.scorer) as scorer:  # a wrong name fails at once
         return _evaluate(model, conversations, config, seed, out, scorer)
 
 

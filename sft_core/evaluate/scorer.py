@@ -23,7 +23,7 @@ Score = Callable[[str, list[dict[str, Any]], str], float]
 
 
 @contextmanager
-def scoring(name: str, seconds: float = SCORER_SECONDS) -> Iterator[Score]:
+def open_scorer(name: str, seconds: float = SCORER_SECONDS) -> Iterator[Score]:
     """Start it; it has ended afterwards. RecipeError if it cannot be loaded. What is yielded raises DataError where a
     score is no finite number, or takes over `seconds`."""
     ours, theirs = get_context("spawn").Pipe()

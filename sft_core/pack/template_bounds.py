@@ -15,7 +15,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any
 
@@ -58,7 +58,7 @@ def _environment() -> Any:
     environment = chat_template_utils._compile_jinja_template("").environment
     environment.globals.pop("lipsum", None)
     environment.intercepted_binops = OPERATORS
-    environment.binop_table = {op: _operator(op, do) for op, do in environment.binop_table.items()}
+    environment.call_binop = _call_operator
     bounded = {name: _bounded(name, environment.filters[name]) for name in GROWING & environment.filters.keys()}
     environment.filters.update(bounded)
     environment.call = partial(_call, environment.call)
@@ -66,17 +66,16 @@ def _environment() -> Any:
     return environment
 
 
-@contextmanager
-def within_time() -> Iterator[None]:
+class within_time:  # noqa: N801 - used as a function
     """TooCostly inside, in this thread, once RENDER_SECONDS of its CPU time are over."""
-    watched = _watcher.watch(threading.get_ident())
-    try:
-        yield
-    except OutOfTime:
-        watched.told = False
-        raise
-    finally:
-        _watcher.leave(watched)
+
+    __slots__ = ("_watched",)
+
+    def __enter__(self) -> None:
+        self._watched = _watcher.begin()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        _watcher.end(self._watched, delivered=kind is OutOfTime)
 
 
 def take_blocks(blocks: Iterator[str], kept: list[str]) -> None:
@@ -92,39 +91,47 @@ def take_blocks(blocks: Iterator[str], kept: list[str]) -> None:
 TOO_LONG = f"it makes a text of over {RENDER_CHARACTERS:,} characters"
 
 
-def _operator(name: str, do: Operator) -> Operator:
-    def plus(left: Any, right: Any) -> Any:
-        if isinstance(left, str) and isinstance(right, str) or isinstance(left, list) and isinstance(right, list):
-            _check(len(left) + len(right))
-        return do(left, right)
+def _call_operator(context: Any, name: str, left: Any, right: Any) -> Any:
+    """`left + right` and so on, unless it would be too large. A sum is looked at once it is made: it is no bomb itself."""
+    if name != "+":
+        return _RARE[name](left, right)
+    made = left + right
+    if isinstance(made, str | list | tuple) and len(made) > RENDER_CHARACTERS:
+        raise TooCostly(TOO_LONG)
+    return made
 
-    def times(left: Any, right: Any) -> Any:
-        if isinstance(left, int) and isinstance(right, int):
-            _check(left.bit_length() + right.bit_length())
-        for text, count in ((left, right), (right, left)):
-            if isinstance(text, str | bytes | list | tuple) and isinstance(count, int):
-                _check(len(text) * count)
-        return do(left, right)
 
-    def power(left: Any, right: Any) -> Any:
-        if isinstance(left, int) and isinstance(right, int):
-            _check(left.bit_length() * max(right, 0))
-        return do(left, right)
+def _times(left: Any, right: Any) -> Any:
+    if isinstance(left, int) and isinstance(right, int):
+        _check(left.bit_length() + right.bit_length())
+    for text, count in ((left, right), (right, left)):
+        if isinstance(text, str | bytes | list | tuple) and isinstance(count, int):
+            _check(len(text) * count)
+    return left * right
 
-    def percent(left: Any, right: Any) -> Any:
-        _check_parts(right)
-        _check_format(left, right)
-        return do(left, right)
 
-    return {"+": plus, "*": times, "**": power, "%": percent}.get(name, do)
+def _power(left: Any, right: Any) -> Any:
+    if isinstance(left, int) and isinstance(right, int):
+        _check(left.bit_length() * max(right, 0))
+    return left**right
+
+
+def _percent(left: Any, right: Any) -> Any:
+    _check_parts(right)
+    _check_format(left, right)
+    return left % right
+
+
+_RARE: dict[str, Operator] = {"*": _times, "**": _power, "%": _percent}
 
 
 def _call(call: Callable[..., Any], context: Any, called: Any, *arguments: Any, **named: Any) -> Any:
     """A method or a macro: a text's `replace`, `center`, `format`, ... may grow it."""
-    method = getattr(called, "__wrapped__", called)  # the sandbox wraps `format`
-    owner = getattr(method, "__self__", None)
-    if isinstance(owner, str | bytes):
-        _check_growth(method.__name__, owner, arguments, named)
+    if arguments or named:
+        method = getattr(called, "__wrapped__", called)  # the sandbox wraps `format`
+        owner = getattr(method, "__self__", None)
+        if isinstance(owner, str | bytes):
+            _check_growth(method.__name__, owner, arguments, named)
     return call(context, called, *arguments, **named)
 
 
@@ -154,7 +161,7 @@ GROWING = frozenset(
 
 def _finalize(value: Any) -> Any:
     """What is printed."""
-    if isinstance(value, list | tuple | dict):
+    if type(value) is not str and isinstance(value, list | tuple | dict):
         _check_parts(value)
     return value
 
@@ -217,60 +224,81 @@ def _concatenate(parts: tuple[Any, ...]) -> str:
 
 
 class _Watched:
-    """A thread in a rendering."""
+    """A thread that renders. `number` counts its renderings; `seen`: which one the watcher saw, at what CPU time."""
 
-    def __init__(self, thread: int) -> None:
-        self.thread, self.clock = thread, time.pthread_getcpuclockid(thread)
-        self.deadline = time.clock_gettime(self.clock) + RENDER_SECONDS
-        self.told = False
-
-
-class _Watcher:
-    """Looks at renderings that are under way, twice a second, as long as there are any."""
+    __slots__ = ("active", "clock", "number", "seen", "thread", "told")
 
     def __init__(self) -> None:
-        self._lock, self._watched = threading.Lock(), dict[int, _Watched]()
-        self._awake = threading.Event()
-        self._thread: threading.Thread | None = None
+        self.thread = threading.get_ident()
+        self.clock = time.pthread_getcpuclockid(self.thread)
+        self.number, self.active, self.told = 0, False, False
+        self.seen = (0, 0.0)
 
-    def watch(self, thread: int) -> _Watched:
-        """From now on."""
-        watched = _Watched(thread)
-        with self._lock:
-            self._watched[thread] = watched
-            if self._thread is None or not self._thread.is_alive():  # the first, or the first after a fork
-                self._thread = threading.Thread(target=self._look, name="template bounds", daemon=True)
-                self._thread.start()
+
+class _Watcher(threading.local):
+    """Each thread's own `_Watched`; a thread looks at all of them twice a second, once there is any. A rendering costs
+    two assignments and a lock, so the watcher reads the clocks: it takes a rendering to begin when it first sees it."""
+
+    def __init__(self) -> None:
+        self._watched = _Watched()
+        with _lock:
+            _all[self._watched.thread] = self._watched
+            if not any(thread.name == WATCHER for thread in threading.enumerate()):
+                threading.Thread(target=_look, name=WATCHER, daemon=True).start()
+
+    def begin(self) -> _Watched:
+        """A rendering of this thread."""
+        watched = self._watched
+        watched.number += 1
+        watched.active = True
         return watched
 
-    def leave(self, watched: _Watched) -> None:
-        """No more. An exception that is on its way is waited for, and dropped: the rendering is done."""
+    def end(self, watched: _Watched, delivered: bool) -> None:
+        """It is over. An exception that is on its way is waited for, and dropped."""
         try:
-            with self._lock:
-                self._watched.pop(watched.thread, None)
-            while watched.told:
+            with _lock:
+                watched.active = False
+                told, watched.told = watched.told, False
+            while told and not delivered:
                 time.sleep(0.001)
         except OutOfTime:
-            self._watched.pop(watched.thread, None)
-
-    def _look(self) -> None:
-        while True:
-            time.sleep(LOOK_SECONDS)
-            with self._lock:
-                for watched in self._watched.values():
-                    if not watched.told and time.clock_gettime(watched.clock) > watched.deadline:
-                        watched.told = True
-                        ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                            ctypes.c_ulong(watched.thread), ctypes.py_object(OutOfTime)
-                        )
+            watched.active = watched.told = False
 
 
+def _look() -> None:
+    while True:
+        time.sleep(LOOK_SECONDS)
+        alive = {thread.ident for thread in threading.enumerate()}
+        with _lock:
+            for ident in _all.keys() - alive:
+                del _all[ident]
+            for watched in _all.values():
+                if watched.active and not watched.told:
+                    with suppress(OSError):  # the thread has ended just now
+                        _judge(watched)
+
+
+def _judge(watched: _Watched) -> None:
+    """End a rendering that was seen RENDER_SECONDS ago."""
+    now, (number, began) = time.clock_gettime(watched.clock), watched.seen
+    if number != watched.number:
+        watched.seen = (watched.number, now)
+    elif now - began > RENDER_SECONDS:
+        watched.told = True
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(watched.thread), ctypes.py_object(OutOfTime))
+
+
+WATCHER = "template bounds"
+_lock = threading.Lock()
+_all: dict[int, _Watched] = {}
 _watcher = _Watcher()
 
 
 def _after_fork() -> None:
-    """The lock may have been held by a thread that is not here."""
-    global _watcher
+    """The lock may have been held, and the watcher is not here."""
+    global _lock, _watcher
+    _lock = threading.Lock()
+    _all.clear()
     _watcher = _Watcher()
 
 

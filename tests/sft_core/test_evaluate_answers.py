@@ -12,7 +12,7 @@ from sft_core.errors import DataError, RecipeError
 from sft_core.evaluate import EvaluatedModel, evaluate_model, harness, harness_parts, read_report, scorer_source
 from sft_core.evaluate.answers import behind_thought, load_scorer, rouge_l, score_answer
 from sft_core.evaluate.harness import run_harness
-from sft_core.evaluate.scorer import scoring
+from sft_core.evaluate.scorer import open_scorer
 from sft_core.pack import load_chat_template
 from sft_core.recipe import EvaluateConfig
 
@@ -95,7 +95,7 @@ def test_whatever_a_scorer_does_is_one_error_that_names_the_row(tmp_path: Path, 
     (tmp_path / "bad.py").write_text(f"def f(messages, reference, answer):\n    {body}\n")
     with (
         pytest.raises(DataError, match=f"^evaluate.scorer: {HOSTILE[body]}") as raised,
-        scoring(f"{tmp_path / 'bad.py'}:f", seconds=2.0) as score,
+        open_scorer(f"{tmp_path / 'bad.py'}:f", seconds=2.0) as score,
     ):
         score("r7", MESSAGES, "a")
     assert "\n" not in str(raised.value)
@@ -105,14 +105,14 @@ def test_a_scorer_that_cannot_be_loaded_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text("import sys\nsys.exit(1)\n")
     with (
         pytest.raises(RecipeError, match=r"^evaluate.scorer '.*bad.py:f': .*does not run: SystemExit: 1"),
-        scoring(f"{tmp_path / 'bad.py'}:f"),
+        open_scorer(f"{tmp_path / 'bad.py'}:f"),
     ):
         pass
 
 
 def test_a_scorer_keeps_what_it_has_loaded(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("calls = []\ndef f(*_):\n    calls.append(1)\n    return len(calls)\n")
-    with scoring(f"{tmp_path / 'mine.py'}:f") as score:
+    with open_scorer(f"{tmp_path / 'mine.py'}:f") as score:
         assert [score("r", MESSAGES, "a") for _ in range(3)] == [1.0, 2.0, 3.0]
 
 

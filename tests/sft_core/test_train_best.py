@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sft_core.plan import _train_parts
+from sft_core.plan_parts import _train_parts
 from sft_core.recipe import Recipe, TrainConfig
 from sft_core.train.best import best_of, stopped_early
 from sft_core.train.checkpoints import COMPLETE, Counts, keep_newest, mark_complete, newest_complete
