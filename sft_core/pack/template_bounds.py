@@ -92,7 +92,7 @@ TOO_LONG = f"it makes a text of over {RENDER_CHARACTERS:,} characters"
 
 
 def _call_operator(context: Any, name: str, left: Any, right: Any) -> Any:
-    """`left + right` and so on, unless it would be too large. A sum is looked at once it is made: it is no bomb itself."""
+    """`left + right` and so on, unless it would be too large. A sum is no bomb by itself: it is made first."""
     if name != "+":
         return _RARE[name](left, right)
     made = left + right
