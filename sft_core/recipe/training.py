@@ -28,7 +28,7 @@ class LoraConfig(Section):
     """Names of modules trained whole beside the adapter, such as `embed_tokens` and `lm_head`."""
     trainable_tokens: tuple[str, ...] = ()
     """Tokens, such as `<|im_end|>`, whose rows of the embedding and of the output head are trained beside the adapter:
-    for tokens that were added to the base, or that it never learned. A thousandth of what `modules_to_save` costs."""
+    for tokens that were added to the base, or that it never learned. `modules_to_save` trains all rows instead."""
     use_rslora: bool = False
     """Rank-stabilised scale: `lora_alpha / sqrt(r)`."""
     use_dora: bool = False
