@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cli.servers import HOST, Process, free_port, start_mlflow, start_prefect, start_worker, wait_for
+from cli.servers import HOST, Process, free_port, last_lines, start_mlflow, start_prefect, start_worker, wait_for
 
 ROOT = Path(__file__).parents[2]
 COMMAND_SECONDS = 300.0
@@ -19,6 +19,7 @@ COMMAND_SECONDS = 300.0
 RUN_SECONDS = 600.0
 """Bound on one flow run; about 60 s on two idle cores."""
 LOCKED_TRIES = 30
+STORY_LINES = 25
 Value = TypeVar("Value")
 
 RECIPE = """
@@ -165,6 +166,24 @@ class Stack:
         """Messages that a flow run logged, in order."""
         wanted = {"logs": {"flow_run_id": {"any_": [run_id]}}, "sort": "TIMESTAMP_ASC", "limit": 200}
         return [entry["message"] for entry in self.api("POST", "/logs/filter", wanted)]
+
+    def story(self) -> str:
+        """All flow runs with their states, the last log lines of those that did not complete, and of the processes."""
+        import httpx
+
+        try:
+            runs = self.api("POST", "/flow_runs/filter", {"sort": "START_TIME_ASC", "limit": 50})
+        except httpx.HTTPError as error:  # shown beside another failure
+            return f"no answer from Prefect's server: {error}"
+        lines = []
+        for run in runs:
+            about = (run["state_name"], run["run_count"], run["start_time"], (run["state"] or {}).get("message"))
+            lines.append(f"{run['name']} {run['id']}: {about}")
+            if run["state_type"] not in ("COMPLETED", "SCHEDULED"):
+                lines += [f"    {message[:300]}" for message in self.logs(run["id"])[-STORY_LINES:]]
+        for process in self.processes.values():
+            lines += [f"{process.name}: status {process.popen.poll()}", last_lines(process.log, STORY_LINES)]
+        return "\n".join(lines)
 
     def stop(self) -> None:
         """End every process, workers first."""

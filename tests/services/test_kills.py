@@ -3,6 +3,7 @@
 import hashlib
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,8 @@ from tests.services.long_training import (
     wait_gone,
     write_long_recipe,
 )
-from tests.services.stack import RUN_SECONDS, Stack, wait_until
+from tests.services.postgres import postgres
+from tests.services.stack import RUN_SECONDS, Stack, wait_until, write_project
 
 HEARTBEAT_SECONDS = 30
 """Prefect's least; a run is given up after three times that."""
@@ -38,16 +40,29 @@ ADAPTER = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def hosts(servers: Stack) -> Stack:
-    """Servers, automations, deployments, a worker of `cpu`; each worker stands for a machine of its own."""
-    servers.environment["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] = str(HEARTBEAT_SECONDS)
-    servers.worker("cpu")
-    servers.prefect("work-pool", "create", "gpu", "--type", "process", "--overwrite")
-    servers.deploy()
-    with temporary_settings({PREFECT_API_URL: f"{servers.prefect_url}/api"}):
-        for _ in range(2):  # the second time finds and keeps them
-            register_automations(HEARTBEAT_SECONDS, restart_seconds=RESTART_SECONDS)
-    return servers
+def hosts(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Stack]:
+    """Servers, automations, deployments, a worker of `cpu`; each worker stands for a machine of its own.
+
+    Prefect's server is on PostgreSQL: on SQLite it drops events under load, restarts among them (docs/operations.md).
+    """
+    with postgres("prefect") as database:
+        url = database.url("prefect", "postgresql+asyncpg")
+        settings = {
+            "PREFECT_SERVER_DATABASE_CONNECTION_URL": url,
+            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
+        }
+        stack = Stack(write_project(tmp_path_factory.mktemp("kills"), tiny_model), **settings)
+        try:
+            stack.start()
+            stack.worker("cpu")
+            stack.prefect("work-pool", "create", "gpu", "--type", "process", "--overwrite")
+            stack.deploy()
+            with temporary_settings({PREFECT_API_URL: f"{stack.prefect_url}/api"}):
+                for _ in range(2):  # the second time finds and keeps them
+                    register_automations(HEARTBEAT_SECONDS, restart_seconds=RESTART_SECONDS)
+            yield stack
+        finally:
+            stack.stop()
 
 
 def test_a_retraining_survives_every_kill(hosts: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
