@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cli.preview import preview
-from sft_core.terminal import one_line, say
+from sft_core.terminal import one_line, safe_error, say
 
 if TYPE_CHECKING:
     from sft_core.normalize import CheckReport
@@ -106,8 +106,8 @@ def _as_text(file: str, report: "CheckReport") -> str:
         lines.append(f"  {count} {reason}, such as {example['file']} row {example['row_number']}: {example['detail']}")
     if report.little_fits:
         lines.append(_advice(report))
-    lines += [f"warning: sft run would fail: {words}" for words in report.warnings]
-    return "\n".join(map(one_line, lines))
+    warnings = [safe_error(f"warning: sft run would fail: {words}") for words in report.warnings]
+    return "\n".join([*map(one_line, lines), *warnings])
 
 
 def _advice(report: "CheckReport") -> str:

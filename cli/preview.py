@@ -119,8 +119,7 @@ def _conversations(recipe: Any, rows: int, folder: Path) -> Iterator[dict[str, A
             left -= 1
             yield row
     if left == rows:  # say why, as a run does
-        lenient = recipe.normalize.model_copy(update={"max_quarantined_fraction": 1.0})
-        normalize_dataset(sources, lenient, recipe.eval_fraction, recipe.seed, folder / "normalize")
+        normalize_dataset(sources, recipe.normalize, recipe.eval_fraction, recipe.seed, folder / "normalize")
 
 
 def _training_rows(source: Any, recipe: Any) -> Iterator[dict[str, Any]]:

@@ -12,10 +12,10 @@ from rich.table import Table
 
 from cli.console import SafeConsole
 from cli.summary import set_aside
+from sft_core.account import account_line, is_over, loss_of
 from sft_core.artifacts import Manifest
 from sft_core.outlook import heldout_needed, heldout_shortage
 from sft_core.outlook.training import few_steps, read_vocabulary, untrained_words, used_tokens
-from sft_core.pack.tally import losses
 from sft_core.plan import Plan
 from sft_core.recipe import Recipe
 from sft_core.rehearse import Rehearsal
@@ -106,19 +106,14 @@ def _said(manifest: Manifest) -> str:
 def _warnings(recipe: Recipe, found: dict[str, Manifest]) -> list[str]:
     lines = []
     normalize, pack = found["normalize"], found["pack"]
+    losses = (loss_of("normalize", normalize.ledger), loss_of("pack", pack.ledger))
+    allowed = recipe.max_quarantined_fraction
+    if account := account_line(allowed, *losses):
+        lines.append(f"{'the run fails: ' if is_over(allowed, *losses) else ''}{account}")
     fraction = normalize.facts["quarantined_fraction"]
     if fraction:
-        lines.append(
-            f"normalize: {fraction:.1%} of the rows cannot be used: {set_aside(normalize.ledger['rows'])}; the run "
-            f"fails above {recipe.normalize.max_quarantined_fraction:.1%}"
-        )
+        lines.append(f"normalize: {fraction:.1%} of the rows cannot be used: {set_aside(normalize.ledger['rows'])}")
     rows = pack.ledger["sequences"]
-    for words, lost, entered in losses(pack.ledger):
-        if lost > recipe.pack.max_quarantined_fraction * entered:
-            lines.append(
-                f"pack: {lost / entered:.1%} of the {words} are set aside: the run fails above "
-                f"{recipe.pack.max_quarantined_fraction:.1%} (pack.max_quarantined_fraction)"
-            )
     overlong = rows["set_aside"].get("overlong", 0)
     if overlong:
         lines.append(f"pack: {overlong / rows['in']:.1%} of the sequences are over max_length and set aside")

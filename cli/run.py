@@ -168,13 +168,14 @@ def _run_flow(recipe: str, overrides: dict[str, Any]) -> "Ended":
     from cli.prefect_database import migrating_alone
     from cli.summary import Ended
     from cli.temporary_server import start_temporary_server
+    from sft_core.recipe.overrides import GeneralOverrides
 
     with migrating_alone():
         wait_ready = start_temporary_server()
         from flows.retrain import retrain  # slow, while the server starts
 
         wait_ready()
-    general = {key: overrides.pop(key) for key in ("name", "seed", "store", "eval_fraction") if key in overrides}
+    general = {key: overrides.pop(key) for key in GeneralOverrides.model_fields if key in overrides}
     if not debugging():
         quiet_tracebacks()
     state = retrain(recipe=recipe, general=general or None, return_state=True, **overrides)

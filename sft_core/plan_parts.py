@@ -136,6 +136,7 @@ def _normalize_parts(recipe: Recipe) -> dict[str, Any]:
             {"map_fn": map_fn_source(d.map_fn), "weight": d.weight, "held_out": held_out} for d, held_out in sources
         ],
         "eval_fraction": recipe.eval_fraction,
+        "max_quarantined_fraction": recipe.max_quarantined_fraction,
         "normalize": recipe.normalize.model_dump(mode="json"),
         "seed": recipe.seed,
         "version": normalize.STEP_VERSION,
@@ -147,6 +148,7 @@ def _pack_parts(recipe: Recipe, found: Readings) -> dict[str, Any]:
         "pack": recipe.pack.model_dump(
             mode="json", exclude={"chat_template", "template_kwargs", "reasoning", "train_on"}
         ),
+        "max_quarantined_fraction": recipe.max_quarantined_fraction,
         "seed": recipe.seed,
         "tokenizer": found.tokenizer,
         "chat_template": hash_text(found.chat_template),

@@ -24,8 +24,10 @@ from sft_core.fetch import fetch_dataset
 from sft_core.lease import Lease
 from sft_core.merge import MergeOptions, merge_adapter
 from sft_core.normalize import NormalizeSource, normalize_dataset
+from sft_core.normalize.limits import check_lost as check_normalized
 from sft_core.outlook import warnings_before_training
 from sft_core.pack import TokenizerSource, pack_dataset
+from sft_core.pack.limits import check_lost as check_packed
 from sft_core.panics import panics_told
 from sft_core.plan import Plan, PlannedStep, library_versions
 from sft_core.plan_parts import Readings
@@ -77,6 +79,12 @@ class Retraining:
         """Local folder of an artifact that an earlier step wrote."""
         step = self.plan[key]
         return self.store.local(self.store.artifact(step.step, step.fingerprint))
+
+    def manifest(self, key: str) -> Manifest:
+        """Of an artifact that an earlier step wrote."""
+        manifest = self.store.find(self.plan[key].step, self.plan[key].fingerprint)
+        assert manifest is not None, f"{key} is built before what reads it"
+        return manifest
 
     def hint(self, key: str) -> str:
         """Under which name the store remembers what this recipe last built for `key`."""
@@ -203,13 +211,20 @@ def _normalize(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
         NormalizeSource(rows=run.folder(f"fetch/{i}"), map_fn=d.map_fn, name=d.path, weight=d.weight, held_out=held_out)
         for i, (d, held_out) in enumerate(sources)
     ]
-    return normalize_dataset(inputs, recipe.normalize, recipe.eval_fraction, recipe.seed, out, run.sharding)
+    outcome = normalize_dataset(inputs, recipe.normalize, recipe.eval_fraction, recipe.seed, out, run.sharding)
+    map_fns = {source.name: source.map_fn for source in inputs}
+    check_normalized(outcome.facts, outcome.ledger, map_fns, recipe.max_quarantined_fraction)
+    return outcome
 
 
 def _pack(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:
     recipe = run.recipe
     tokenizer = TokenizerSource(run.base_model(), recipe.base_model.trust_remote_code)
-    return pack_dataset(run.folder("normalize"), tokenizer, recipe.pack, recipe.seed, out, run.sharding)
+    outcome = pack_dataset(run.folder("normalize"), tokenizer, recipe.pack, recipe.seed, out, run.sharding)
+    account = check_packed(run.manifest("normalize"), outcome.ledger, recipe.pack, recipe.max_quarantined_fraction)
+    if account is not None:
+        run.on_line(f"note: {account}")
+    return outcome
 
 
 def _train(run: Retraining, planned: PlannedStep, out: Path) -> Outcome:

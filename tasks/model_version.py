@@ -15,7 +15,6 @@ from sft_core.artifacts import Manifest
 from sft_core.base_model import base_fingerprint
 from sft_core.lineage.card import model_card
 from sft_core.register import Verdict
-from sft_core.register.stored import stored_manifest
 from sft_core.steps import Retraining
 from tasks.model_files import COPY, ModelFolder, log_folder, refer_to
 from tasks.registry import AS_BASE, JUDGED_AGAINST, MERGED, PROMOTE, RUN, VERDICT
@@ -81,9 +80,9 @@ def _log_inputs(job: Job, run: Retraining) -> None:
     inputs = []
     sources = [(d, "training") for d in job.recipe.datasets] + [(d, "evaluation") for d in job.recipe.eval_datasets]
     for index, (source, context) in enumerate(sources):
-        manifest = stored_manifest(run, f"fetch/{index}")
+        manifest = run.manifest(f"fetch/{index}")
         inputs.append(_input(source.path, manifest, context, source.model_dump_json()))
-    conversations = stored_manifest(run, "normalize")
+    conversations = run.manifest("normalize")
     uri = run.store.artifact("normalize", conversations.fingerprint).uri
     for side, context in (("train", "training"), ("heldout", "evaluation")):
         inputs.append(_input(f"conversations-{side}", conversations, context, json.dumps({"uri": uri, "side": side})))
@@ -105,11 +104,11 @@ def _manifests(job: Job, run: Retraining) -> dict[str, Manifest]:
 
 def _tags(job: Job, run: Retraining) -> dict[str, str]:
     plan = job.plan
-    reports = {which: stored_manifest(run, f"evaluate/{which}").facts["metrics"] for which in ("tuned", "base")}
+    reports = {which: run.manifest(f"evaluate/{which}").facts["metrics"] for which in ("tuned", "base")}
     flow = FlowRunContext.get()
     tags = {
         MERGED: plan["merge"].fingerprint,
-        AS_BASE: base_fingerprint({name: file.sha256 for name, file in stored_manifest(run, "merge").files.items()}),
+        AS_BASE: base_fingerprint({name: file.sha256 for name, file in run.manifest("merge").files.items()}),
         "sft.retraining": plan.fingerprint,
         "sft.recipe": job.recipe.name,
         "sft.base_model": job.recipe.base_model.path,

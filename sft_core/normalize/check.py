@@ -15,15 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sft_core.account import NO_FAULT
 from sft_core.errors import DataError, RowError
 from sft_core.fetch import fetch_dataset
 from sft_core.normalize.dataset import NormalizeSource, plan_shards, sort_rows
-from sft_core.normalize.limits import check_limits
+from sft_core.normalize.limits import check_lost, check_sides
 from sft_core.normalize.load import load_map_fn, shipped_name
 from sft_core.normalize.map_fns import MAP_FNS
 from sft_core.normalize.reads import READS, added_system, holds_something, suggest_map_fns
 from sft_core.normalize.rows import convert_row, read_row
-from sft_core.normalize.tally import NO_FAULT, Tally
+from sft_core.normalize.tally import Tally
 from sft_core.recipe import DatasetConfig, NormalizeConfig, Recipe, RegisterConfig
 from sft_core.shard_rows import read_shards
 
@@ -43,6 +44,7 @@ class Asked:
     register: RegisterConfig = RegisterConfig()
     eval_fraction: float = Recipe.model_fields["eval_fraction"].default
     seed: int = Recipe.model_fields["seed"].default
+    max_quarantined_fraction: float = Recipe.model_fields["max_quarantined_fraction"].default
     eval_datasets: bool = False
     """Rows of other data sets are held out too."""
 
@@ -54,6 +56,7 @@ class Asked:
             register=recipe.register_,
             eval_fraction=recipe.eval_fraction,
             seed=recipe.seed,
+            max_quarantined_fraction=recipe.max_quarantined_fraction,
             eval_datasets=bool(recipe.eval_datasets),
         )
 
@@ -130,7 +133,9 @@ def _warnings(tally: Tally, asked: Asked, map_fns: dict[str, str]) -> Iterator[s
     from sft_core.outlook.heldout import heldout_needed, heldout_shortage  # which reads conversations itself
 
     try:
-        check_limits(tally, asked.normalize.max_quarantined_fraction, map_fns, held_out=not asked.eval_datasets)
+        if tally.rows:
+            check_lost(tally.facts(), tally.ledger(), map_fns, asked.max_quarantined_fraction)
+        check_sides(tally, map_fns, held_out=not asked.eval_datasets)
     except DataError as error:
         yield str(error)
         return

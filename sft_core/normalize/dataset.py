@@ -14,7 +14,7 @@ from sft_core.artifacts import Outcome
 from sft_core.fingerprint import hash_value
 from sft_core.normalize.heldout import HeldOutWriter, settle
 from sft_core.normalize.identity import map_fn_source
-from sft_core.normalize.limits import check_limits
+from sft_core.normalize.limits import check_sides
 from sft_core.normalize.load import shipped_name
 from sft_core.normalize.reads import added_system
 from sft_core.normalize.shard import ShardWork, load_once, make_shard
@@ -49,11 +49,11 @@ def normalize_dataset(
     out: Path,
     sharding: Sharding = ALL_HERE,
 ) -> Outcome:
-    """Write both sides and the quarantine. DataError over the limit, or when a side is empty."""
+    """Write both sides and the quarantine. DataError when a side is empty."""
     jobs = plan_shards(sources, eval_fraction, seed)
     overlaps = any(source.held_out for source in sources)
     tally = sort_rows(jobs, config.near_duplicates, overlaps, out, sharding)
-    check_limits(tally, config.max_quarantined_fraction, {source.name: source.map_fn for source in sources})
+    check_sides(tally, {source.name: source.map_fn for source in sources})
     facts = tally.facts()
     for source in sources:
         if prompt := added_system(shipped_name(source.map_fn) or ""):

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sft_core.account import NO_FAULT
 from sft_core.errors import RowError
 from sft_core.normalize.conversation import Conversation, Message, content_digest
 from sft_core.normalize.load import load_map_fn, shipped_name
@@ -29,7 +30,7 @@ from sft_core.normalize.reads import suggest_map_fns, unread_columns
 from sft_core.normalize.rows import MapFn, convert_row, is_held_out, is_sampled, prove_repeatable, read_row
 from sft_core.normalize.sketch import BINS, sketch, text_of
 from sft_core.normalize.tables import LOCAL_SCHEMA, messages_column, parquet_bytes, sizes
-from sft_core.normalize.tally import DETAIL_CHARACTERS, NO_FAULT, Amount, ShardExample, ShardTally
+from sft_core.normalize.tally import DETAIL_CHARACTERS, Amount, ShardExample, ShardTally
 from sft_core.shard_rows import ROWS_PER_BATCH
 from sft_core.shards import Made
 

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
+from sft_core.account import NO_FAULT
 from sft_core.shard_rows import locate
 
-NO_FAULT = frozenset({"also_in_training", "left_out", "near_duplicate", "not_sampled", "repeated"})
-"""Reasons that do not count against `max_quarantined_fraction`."""
 DETAIL_CHARACTERS = 200
 MOST_COLUMNS, NAME_CHARACTERS = 50, 60
 """Of the unread columns, those that are named."""
@@ -182,4 +181,5 @@ def _printable(name: str) -> str:
 
 def _shown(example: Example) -> dict[str, Any]:
     place = {"dataset": example.dataset, "file": example.file, "row_number": example.row_number}
-    return {**place, "detail": example.detail[:DETAIL_CHARACTERS]}
+    fitting = {"fitting": list(example.fitting)} if example.fitting else {}
+    return {**place, "detail": example.detail[:DETAIL_CHARACTERS], **fitting}

@@ -30,7 +30,7 @@ from sft_core.pack.packed import BINS, SETTINGS_KEY, TOKENIZER, PackedSettings, 
 from sft_core.pack.packing import copies, epoch_rows
 from sft_core.pack.proof import PROVED_CONVERSATIONS, prove_rows
 from sft_core.pack.shards import COMPRESSION, ORIGIN, REFUSED_FILES, SEQUENCE_FILES, TOKENS, ShardTask, encode_shard
-from sft_core.pack.tally import CHOSEN, Tally, losses
+from sft_core.pack.tally import Tally
 from sft_core.pack.tokenizer import SavedTokenizer, TokenizerSource, load_saved_tokenizer, load_tokenizer, pad_with_eos
 from sft_core.recipe import PackConfig
 from sft_core.shard_rows import locate, read_shard
@@ -71,7 +71,9 @@ def pack_dataset(
     writer.close()
     _write_quarantine(out, writer)
     tally = Tally.sum(shard.facts for shard in writer.shards)
-    _check_losses(conversations, tally, config)
+    if not tally.kept[0]:
+        why = tally.reasons() or "no rows came in"
+        raise DataError(f"{conversations}: nothing is left to train on: {why}; max_length is {config.max_length}")
     if set_aside := tally.reasons():
         sharding.on_line(f"note: of {tally.entered[0]:,} sequences are set aside: {set_aside}")
     if tally.empty_thoughts:
@@ -85,30 +87,6 @@ def pack_dataset(
     named = {"chat_template": config.chat_template or "the tokenizer's own", "max_length": config.max_length}
     pad = {"pad_token": loaded.pad_token, "pad_token_is_eos": padded_with_eos}
     return Outcome(ledger=tally.ledger(), facts={**_figures(tally), **epoch, **named, **pad})
-
-
-def _check_losses(conversations: Path, tally: Tally, config: PackConfig) -> None:
-    """DataError if nothing is left, or more was set aside than the recipe allows."""
-    if not tally.kept[0]:
-        why = tally.reasons() or "no rows came in"
-        raise DataError(f"{conversations}: nothing is left to train on: {why}; max_length is {config.max_length}")
-    for words, lost, entered in losses(tally.ledger()):
-        if lost > config.max_quarantined_fraction * entered:
-            raise DataError(
-                f"{lost:,} of {entered:,} {words} ({lost / entered:.1%}) are set aside, and "
-                f"pack.max_quarantined_fraction allows {config.max_quarantined_fraction:.1%}: {tally.reasons()}. "
-                f"{_advice(tally, config)}, or raise the limit"
-            )
-
-
-def _advice(tally: Tally, config: PackConfig) -> str:
-    """What to do about the commonest reason."""
-    commonest = max(set(tally.set_aside) - CHOSEN, key=lambda reason: tally.set_aside[reason][0])
-    if commonest == "overlong":
-        return f"Raise pack.max_length ({config.max_length}), set pack.overlong to split or truncate"
-    if commonest == "no_supervised_token":
-        return "Look at these rows with sft data preview: no answer in them is trained"
-    return "Set another pack.chat_template or its variables (docs/chat-templates.md), or fix these rows"
 
 
 def _jobs(conversations: Path, saved: SavedTokenizer, template: str, config: PackConfig) -> list[ShardJob]:
@@ -203,7 +181,7 @@ def _lengths(shard: Path) -> NDArray[np.int32]:
 
 
 def _figures(tally: Tally) -> dict[str, int]:
-    sequences, tokens, supervised = tally.kept
+    sequences, tokens, supervised, _ = tally.kept
     return {
         "sequences": sequences,
         "tokens": tokens,

@@ -89,6 +89,8 @@ class _Work:
     tokenizer: Any
     tally: Tally = field(default_factory=Tally)
     refused: list[str] = field(default_factory=list)
+    reasons: dict[int, str] = field(default_factory=dict)
+    """By `id` of a row of the batch at hand: why a sequence of it was set aside, the first one."""
 
     def render(self, row: Row) -> list[Rendering]:
         """Renderings of one row; none, and the row set aside, if the chat template has no place for it."""
@@ -97,6 +99,7 @@ class _Work:
             renderings = render_conversation(messages, self.tokenizer, template, tools=tools_of(row))
         except RowError as error:
             self._set_aside(row, error.reason, (1, 0, 0), error.detail)
+            self.tally.count_rows(1, [error.reason])
             return []
         if drops_reasoning(template):
             self.tally.dropped_thoughts += drop_thoughts(messages)[1]
@@ -108,6 +111,7 @@ class _Work:
     def admit(self, rows: Sequence[tuple[Row, list[Rendering]]], made: EncodedRows) -> Any:
         """The record batch of what is kept of one batch of rows."""
         encoded = made.encoded
+        self.reasons.clear()
         self.tally.parted_turns += made.parted_turns
         self.tally.typed_rows += sum(renderings[0].typed for _, renderings in rows)
         lengths, supervised = np.diff(encoded.starts), _supervised(encoded.labels, encoded.starts)
@@ -124,10 +128,15 @@ class _Work:
         bounds = zip(encoded.starts[:-1].tolist(), encoded.starts[1:].tolist(), strict=True)
         row_ids: list[str] = []
         kept: list[Bounds] = []
+        going_on: set[int] = set()
         for row, is_whole, place in zip(owners, whole.tolist(), bounds, strict=True):
             pieces = [place] if is_whole else self._cut(row, encoded.labels, place)
             row_ids += [row["row_id"]] * len(pieces)
             kept += pieces
+            if pieces:
+                going_on.add(id(row))
+        gone = [self.reasons[id(row)] for row, _ in rows if id(row) not in going_on]
+        self.tally.count_rows(len(rows), gone)
         ends = np.cumsum([0, *(end - start for start, end in kept)])
         columns: list[Any] = [pa.array(row_ids, pa.string())]
         for tokens in (encoded.ids, encoded.labels):
@@ -177,6 +186,7 @@ class _Work:
     def _set_aside(self, row: Row, reason: str, counts: Counts, detail: str = "") -> None:
         self.tally.enter(counts)
         self.tally.drop(reason, counts)
+        self.reasons.setdefault(id(row), reason)
         origin = {key: row[key] for key in ORIGIN if key in row}
         entry = {**origin, "reason": reason, "tokens": counts[1], **({"detail": detail} if detail else {})}
         self.refused.append(json.dumps(entry, ensure_ascii=False) + "\n")

@@ -1,19 +1,18 @@
 """The pack step's books: what came in, what went on, what was set aside and why.
 
-In: one call a sequence, a batch of them or a refused row. Out: the ledger, in sequences, tokens and supervised tokens,
-and figures. Every shard keeps books of its own, its facts; the step's are their sum.
+In: one call a sequence, a batch of them or a refused row. Out: the ledger, in rows (conversations: one goes on if a
+sequence of it does), sequences, tokens and supervised tokens, and figures. Every shard keeps books of its own, its
+facts; the step's are their sum.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
-CHOSEN = frozenset({"truncated", "split_border"})
-"""Reasons that a recipe asks for: `pack.overlong: truncate` and `split`."""
-UNITS = ("sequences", "tokens", "supervised_tokens")
+UNITS = ("sequences", "tokens", "supervised_tokens", "rows")
 Counts = tuple[int, int, int]
-"""One figure a unit."""
+"""One figure a unit; rows are counted apart."""
 
 
 FIGURES = ("split", "typed_rows", "parted_turns", "dropped_thoughts", "empty_thoughts")
@@ -70,6 +69,14 @@ class Tally:
         """Of what came in, something is left out."""
         _add(self.set_aside.setdefault(reason, _zeros()), counts)
 
+    def count_rows(self, entered: int, set_aside: Iterable[str]) -> None:
+        """Conversations came in; those of which no sequence goes on, by the reason for each."""
+        lost = Counter(set_aside)
+        self.enter((0, 0, 0, entered))
+        self.keep((0, 0, 0, entered - lost.total()))
+        for reason, count in lost.items():
+            self.drop(reason, (0, 0, 0, count))
+
     def ledger(self) -> dict[str, dict[str, Any]]:
         """In, out and set aside, by unit."""
         return {
@@ -85,13 +92,6 @@ class Tally:
         """Why sequences were set aside, commonest first, for a message; empty if none were."""
         counts = Counter({reason: entry[0] for reason, entry in self.set_aside.items() if entry[0]})
         return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
-
-
-def losses(ledger: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, int, int]]:
-    """What `pack.max_quarantined_fraction` bounds: in words what is counted, how much is set aside, and of how much."""
-    for unit, words in (("sequences", "sequences"), ("supervised_tokens", "trained tokens")):
-        entry = ledger[unit]
-        yield words, sum(n for reason, n in entry["set_aside"].items() if reason not in CHOSEN), entry["in"]
 
 
 def _add(figures: list[int], counts: Iterable[int]) -> None:

@@ -82,7 +82,9 @@ def _default(value: object) -> list[str]:
     return [f"{json.dumps(value)} where the recipe does not say"] if simple else []
 
 
-GeneralOverrides = override_model(sections.Recipe, ("name", "seed", "store", "eval_fraction"))
+GeneralOverrides = override_model(
+    sections.Recipe, ("name", "seed", "store", "eval_fraction", "max_quarantined_fraction")
+)
 BaseModelOverrides = override_model(sections.BaseModelConfig)
 ScheduleOverrides = override_model(sections.ScheduleConfig)
 NormalizeOverrides = override_model(sections.NormalizeConfig)

@@ -153,14 +153,28 @@ def _explain_one(entry: Any, show_values: bool) -> str:
     location = [str(part) for part in entry["loc"]]
     dotted = ".".join(location) or "recipe"
     if entry["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(location[-1], _keys_at(location[:-1]), n=1, cutoff=0.5)
-        known = ", ".join(_keys_at(location[:-1]))
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {known}"
-        return f"  {dotted}: unknown key{value}; {hint}"
+        return f"  {dotted}: unknown key{value}; {_hint(location)}"
     if entry["type"] == "missing":
         return f"  {dotted}: missing; it has no default"
     message = str(entry["msg"]).removeprefix("Value error, ")
     return f"  {dotted}: {message}{value}"
+
+
+def _hint(location: list[str]) -> str:
+    """What may have been meant by an unknown key: a key of that name in another place, or a like one in this place."""
+    *section, name = location
+    here = _keys_at(section)
+    elsewhere = [place for place in ([], *([key] for key in _keys_at([]))) if _has_section(place, name)]
+    if elsewhere:
+        places = " or ".join(repr(".".join([*place, name])) for place in elsewhere)
+        return f"did you mean {places}?"
+    near = difflib.get_close_matches(name, here, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(here)}"
+
+
+def _has_section(place: list[str], name: str) -> bool:
+    """Whether there is a section at `place`, and `name` is a key of it."""
+    return (not place or _keys_at(place) != _keys_at([])) and name in _keys_at(place)
 
 
 def short(value: object) -> str:

@@ -54,8 +54,6 @@ class ScheduleConfig(Section):
 class NormalizeConfig(Section):
     """Rows to conversations."""
 
-    max_quarantined_fraction: Fraction = 0.05
-    """Fraction of rows. Above it the run fails and names the commonest reasons."""
     near_duplicates: Annotated[float, Field(gt=0, le=1)] | None = 0.8
     """Jaccard similarity (0 to 1) from which on a held-out conversation counts as one of the training side and is set
     aside; null keeps all but exact copies."""
@@ -82,9 +80,6 @@ class PackConfig(Section):
     overlong: Literal["quarantine", "error", "truncate", "split"] = "quarantine"
     """What happens to a sequence longer than `max_length` tokens; counted in any case. `split` makes several of it,
     each untrained at its first token; `truncate` keeps the head. Decided before packing, `concat` too."""
-    max_quarantined_fraction: Fraction = 0.05
-    """Fraction of the sequences, and of their trained tokens, that may be set aside (too long, refused by the chat
-    template, nothing to train). Above it the run fails and names the reasons."""
 
 
 class MergeConfig(Section):
@@ -195,6 +190,10 @@ class Recipe(Section):
     """Held-out rows of their own; with them `eval_fraction` may be 0."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
     """Fraction of conversations held out, by a hash of their content."""
+    max_quarantined_fraction: Fraction = 0.05
+    """Fraction of the data that may be lost on the way from source rows to packed rows: rows that no conversation can
+    be made of, conversations that are too long, that the chat template refuses, that train nothing. Above it the run
+    fails and names the reasons."""
     schedule: ScheduleConfig = ScheduleConfig()
     normalize: NormalizeConfig = NormalizeConfig()
     pack: PackConfig = PackConfig()

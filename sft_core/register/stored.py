@@ -7,7 +7,6 @@ page. DataError if a sentinel says that this model must not be registered. Knows
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from sft_core.artifacts import Manifest
 from sft_core.evaluate import EvaluationReport, read_report
 from sft_core.recipe import Recipe
 from sft_core.register.comparison import Terms
@@ -53,7 +52,7 @@ def judge_stored(run: Retraining, challenge: int, *, against_champion: bool, tra
         verdict=verdict,
         reports=reports,
         training=read_metrics(run.folder("train") / "metrics.jsonl"),
-        ledgers={key: stored_manifest(run, key).ledger for key in moving},
+        ledgers={key: run.manifest(key).ledger for key in moving},
     )
     return Judged(verdict, render_page(material))
 
@@ -70,18 +69,11 @@ def terms_of(recipe: Recipe, challenge: int) -> Terms:
     )
 
 
-def stored_manifest(run: Retraining, key: str) -> Manifest:
-    """Of an artifact that an earlier step wrote."""
-    manifest = run.store.find(run.plan[key].step, run.plan[key].fingerprint)
-    assert manifest is not None, f"{key} was built before register"
-    return manifest
-
-
 def _findings(run: Retraining, reports: dict[str, EvaluationReport]) -> Iterator[Finding]:
-    merge_facts = stored_manifest(run, "merge").facts
-    convert_facts = stored_manifest(run, "convert").facts if "convert" in run.plan.steps else {}
+    merge_facts = run.manifest("merge").facts
+    convert_facts = run.manifest("convert").facts if "convert" in run.plan.steps else {}
     conversations = run.folder("normalize")
-    yield from no_supervised_tokens(stored_manifest(run, "pack").ledger)
+    yield from no_supervised_tokens(run.manifest("pack").ledger)
     yield from broken_adapter(convert_facts, merge_facts)
     yield from certificate_over_bound(merge_facts, run.recipe.register_.max_merge_divergence)
     yield from evaluation_rows_in_training(read_row_ids(conversations, "train"), read_row_ids(conversations, "heldout"))

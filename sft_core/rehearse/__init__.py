@@ -65,7 +65,7 @@ def prepare_rehearsal(
         if template is None:
             notes.append(f"chat template: not the model's own but the shipped {base.chat_template}, which is near")
     changes, more = changed_sections(recipe, scratch, sum(s.rows for s in samples[: len(recipe.datasets)]))
-    changes["pack"] = {"max_quarantined_fraction": 1.0}  # all steps are rehearsed; the summary says what would fail
+    changes["max_quarantined_fraction"] = 1.0  # all steps are rehearsed; the summary says what would fail
     counted = len(recipe.datasets)
     changes["base_model"] = {"path": str(base.folder), "revision": None, "trust_remote_code": base.trust_remote_code}
     changes["datasets"] = _datasets(recipe.datasets, samples[:counted])

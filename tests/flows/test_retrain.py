@@ -26,7 +26,7 @@ store: ./store
 base_model: {path: base}
 datasets: [{path: rows.jsonl, map_fn: "reader.py:read"}]
 eval_fraction: 0.2
-normalize: {max_quarantined_fraction: 0.1}
+max_quarantined_fraction: 0.1
 pack: {max_length: 64, chat_template: chatml}
 train:
   dtype: float32
@@ -180,7 +180,7 @@ def test_a_new_learning_rate_makes_a_second_version_judged_against_the_first(fir
 
 
 def test_too_many_bad_rows_fail_the_run_with_one_clear_error(first: str, project: Project) -> None:
-    text = project.sft("run", "recipe.yaml", "--set", "normalize.max_quarantined_fraction=0.001", ok=False)
+    text = project.sft("run", "recipe.yaml", "--set", "max_quarantined_fraction=0.001", ok=False)
     assert "Traceback" not in text
     last = text[text.rindex("error: ") :]
     assert "rows.jsonl" in last

@@ -116,11 +116,10 @@ class TestCommand:
             "held out: 0 of them (eval_fraction 0.02)",
             "quarantined: 1",
             "  1 no_turns, such as rows.jsonl row 2: column 'messages' is empty",
-            "warning: sft run would fail: 1 of 2 rows (50.0%) cannot be used; "
-            "normalize.max_quarantined_fraction allows 5.0%.",
+            "warning: sft run would fail: 1 of 2 rows (50.0%) cannot be used; max_quarantined_fraction allows 5.0%.",
             "  1 no_turns, such as rows.jsonl row 2: column 'messages' is empty",
-            "Fix these rows, choose another map_fn for rows.jsonl (now messages; the columns of that row fit "
-            "openai), or raise normalize.max_quarantined_fraction",
+            "  Fix these rows, choose another map_fn for rows.jsonl (now messages; the columns of that row fit "
+            "openai), or raise max_quarantined_fraction",
             "",
         ]
 
@@ -162,7 +161,7 @@ class TestCommand:
         assert (code, "warning" in text) == (0, False)
         code, text = status([*many, *({"input": "q", "output": ""} for _ in range(60))], "--strict")
         assert code == 1
-        assert "60 of 960 rows (6.2%) cannot be used; normalize.max_quarantined_fraction allows 5.0%" in text
+        assert "60 of 960 rows (6.2%) cannot be used; max_quarantined_fraction allows 5.0%" in text
 
     def test_json(self, tmp_path):
         check(tmp_path, [{"messages": CHAT}, "7"])

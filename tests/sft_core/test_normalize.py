@@ -17,6 +17,7 @@ from sft_core.normalize import (
     NormalizeSource,
     normalize_dataset,
 )
+from sft_core.normalize.limits import check_lost
 from sft_core.normalize.sketch import sketch
 from sft_core.recipe import DatasetConfig, NormalizeConfig
 from sft_core.shard_rows import read_shards
@@ -47,8 +48,9 @@ def normalize(
     sharding: Sharding = HERE,
 ) -> Outcome:
     """Run the step and check that its ledger, its files and its figures agree."""
-    config = NormalizeConfig(max_quarantined_fraction=limit, near_duplicates=near)
+    config = NormalizeConfig(near_duplicates=near)
     outcome = normalize_dataset(sources, config, fraction, seed, out, sharding)
+    check_lost(outcome.facts, outcome.ledger, {source.name: source.map_fn for source in sources}, limit)
     check_ledger("normalize", outcome.ledger)
     train, heldout = side(out, "train"), side(out, "heldout")
     assert outcome.ledger["rows"]["out"] == len(train) + len(heldout)

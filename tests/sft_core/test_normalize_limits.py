@@ -19,10 +19,10 @@ class TestLimits:
     def test_too_many_rows_set_aside(self, tmp_path):
         rows = [*pairs(8), {"text": "x"}, {"text": "### Human: y"}]
         assert self.fail(tmp_path, source(tmp_path, rows)) == (
-            "2 of 10 rows (20.0%) cannot be used; normalize.max_quarantined_fraction allows 5.0%.\n"
+            "2 of 10 rows (20.0%) cannot be used; max_quarantined_fraction allows 5.0%.\n"
             "  2 missing_column, such as rows.jsonl row 9: no column 'input'; there are text\n"
             "Fix these rows, choose another map_fn for rows (now default; the columns of that row fit oasst1 or "
-            "pretrain), or raise normalize.max_quarantined_fraction"
+            "pretrain), or raise max_quarantined_fraction"
         )
 
     def test_no_shipped_map_fn_fits(self, tmp_path):

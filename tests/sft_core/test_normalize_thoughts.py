@@ -317,7 +317,7 @@ def normalized(tmp_path: Path, rows: dict[str, list], fraction: float = 0.3, nea
         (tmp_path / f"{map_fn}.jsonl").write_text("\n".join(map(json.dumps, entries)), "utf-8")
         fetch_dataset(DatasetConfig(path=str(tmp_path / f"{map_fn}.jsonl")), tmp_path / map_fn)
         sources.append(NormalizeSource(rows=tmp_path / map_fn, name=map_fn, map_fn=map_fn))
-    config = NormalizeConfig(max_quarantined_fraction=1, near_duplicates=near)
+    config = NormalizeConfig(near_duplicates=near)
     outcome = normalize_dataset(sources, config, fraction, 0, tmp_path / "out")
     files = [*(tmp_path / "out" / "train").glob("*.parquet"), *(tmp_path / "out" / "heldout").glob("*.parquet")]
     assert len(files) > 1

@@ -136,7 +136,7 @@ def test_the_step_on_real_rows(tmp_path: Path) -> None:
     ]
     (tmp_path / "in" / "train").mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in" / "train" / "part-00000.parquet")
-    config = PackConfig(max_length=512, chat_template="plain", max_quarantined_fraction=1.0)
+    config = PackConfig(max_length=512, chat_template="plain")
     outcome = pack_dataset(tmp_path / "in", shared("models/stories260K"), config, 42, tmp_path / "out")
     check_ledger("pack", outcome.ledger)
     packed = load_packed(tmp_path / "out")

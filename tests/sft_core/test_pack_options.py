@@ -68,7 +68,7 @@ def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(packing: str, overlong: str) -> PackConfig:
     chosen: dict[str, Any] = {"packing": packing, "overlong": overlong}
-    return PackConfig(max_length=LIMIT, chat_template="chatml", max_quarantined_fraction=1.0, **chosen)
+    return PackConfig(max_length=LIMIT, chat_template="chatml", **chosen)
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -23,7 +23,7 @@ from sft_core.shards import EarlierFolder, Made, Mapper, Shard, Sharding, read_s
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string()), ("weight", pa.int8())])
 ORIGIN = [("file", pa.int32()), ("row_number", pa.int64())]
 SCHEMA = pa.schema([("row_id", pa.string()), ("messages", pa.list_(MESSAGE)), *ORIGIN])
-CONFIG = PackConfig(max_length=96, chat_template="chatml", max_quarantined_fraction=1.0)
+CONFIG = PackConfig(max_length=96, chat_template="chatml")
 ROWS = 40
 LONG = 7
 """Every so many rows one is over `max_length`."""
@@ -186,7 +186,7 @@ def test_rows_all_over_the_data_are_proved(tmp_path: Path, tiny_model: Path, ear
     template = tmp_path / "endless_once.jinja"
     end = "{{ '' if m.content == 'yes 81' else '<|im_end|>' }}"
     template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}" + end + "\n{% endfor %}")
-    config = PackConfig(max_length=96, chat_template=str(template), max_quarantined_fraction=0.7)
+    config = PackConfig(max_length=96, chat_template=str(template))
     said: list[str] = []
     pack_dataset(tmp_path / "in", tiny_model, config, 42, tmp_path / "o", Sharding(on_line=said.append))
     line, counted = said

@@ -105,3 +105,13 @@ def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path: Path, text
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(RecipeError, match=f"r.yaml: not YAML: the key {says}; the first one would be lost"):
         load_recipe(tmp_path / "r.yaml")
+
+
+def test_a_key_in_the_wrong_place_is_named_with_its_place() -> None:
+    with pytest.raises(RecipeError) as caught:
+        resolve(
+            {"name": "a", "base_model": {"path": "b"}, "datasets": [{"path": "c"}], "max_length": 9, "train": {"r": 4}}
+        )
+    text = str(caught.value)
+    assert "  max_length: unknown key (value 9); did you mean 'pack.max_length'?" in text
+    assert "  train.r: unknown key (value 4); " in text

@@ -189,7 +189,7 @@ def test_a_rehearsal_changes_what_it_must_and_nothing_else(tiny_model: Path, tmp
         "base_model.path",
         "datasets",
         "eval_fraction",
-        "pack.max_quarantined_fraction",
+        "max_quarantined_fraction",
         "train.dtype",
         "train.deepspeed",
         "train.lora.init_lora_weights",

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from sft_core.account import NO_FAULT
 from sft_core.artifacts import check_ledger
 from sft_core.errors import SourceError
 from sft_core.fetch import fetch_dataset
@@ -12,7 +13,6 @@ from sft_core.normalize import (
     NormalizeSource,
     normalize_dataset,
 )
-from sft_core.normalize.tally import NO_FAULT
 from sft_core.recipe import DatasetConfig, NormalizeConfig
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -80,7 +80,7 @@ class TestSharedData:
             fetch_dataset(DatasetConfig(path=str(path)), tmp_path / name)
             map_fn = self.READ_BY.get(name, folder if folder in MAP_FNS else "default")
             sources.append(NormalizeSource(rows=tmp_path / name, map_fn=map_fn, name=name))
-        outcome = normalize_dataset(sources, NormalizeConfig(max_quarantined_fraction=1), 0.1, 0, tmp_path / "out")
+        outcome = normalize_dataset(sources, NormalizeConfig(), 0.1, 0, tmp_path / "out")
         check_ledger("normalize", outcome.ledger)
         faults = {
             name: {reason: count for reason, count in entry["set_aside"].items() if reason not in NO_FAULT}

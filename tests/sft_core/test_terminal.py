@@ -119,10 +119,12 @@ def test_hostile_texts_through_every_command(tmp_path: Path, tiny_model: Path, a
     rows += [{"na\x1b[2Jme\u202e": text, "messages\x9b": "\r"} for text in STEERING]
     (tmp_path / NAME).write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"a": "\x1b[2J"\n')
     recipe = {"name": "a", "base_model": {"path": str(tiny_model)}, "datasets": [{"path": NAME, "map_fn": "openai"}]}
-    pack = {"chat_template": "chatml", "max_quarantined_fraction": 1.0}
-    limits = {"pack": pack, "normalize": {"max_quarantined_fraction": 0.01}, "\x1b[2J\u202e": "\x9b"}
+    pack = {"chat_template": "chatml"}
+    limits = {"pack": pack, "max_quarantined_fraction": 0.01, "\x1b[2J\u202e": "\x9b"}
     wrong = arguments[0] in ("explain", "recipes")
-    (tmp_path / "r.yaml").write_text(json.dumps({**recipe, **(limits if wrong else {"pack": pack})}))
+    (tmp_path / "r.yaml").write_text(
+        json.dumps({**recipe, **(limits if wrong else {"pack": pack, "max_quarantined_fraction": 1.0})})
+    )
     (tmp_path / "c.py").write_text("model = dict(type='\x1b[2J\u202e')\nx = f('\x9b')\n")
     said = printed(tmp_path, *arguments)
     assert said.strip()
