@@ -146,7 +146,7 @@ def _outlook(recipe: Recipe, rehearsal: Rehearsal, plan: Plan) -> list[str]:
     if base.is_dir() and rehearsal.base.stand_in is None:
         packed = _packed(rehearsal, plan)
         vocabulary = read_vocabulary(packed)
-        lines += untrained_words(recipe.train.lora, base, vocabulary, used_tokens(packed, vocabulary))
+        lines += untrained_words(recipe.train, base, vocabulary, used_tokens(packed, vocabulary))
     return lines
 
 

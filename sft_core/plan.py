@@ -8,6 +8,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Self
 
 from sft_core.base_check import check_base
@@ -68,12 +69,26 @@ def plan_recipe(recipe: Recipe) -> Plan:
     found = Readings(recipe)
     is_folder = found.base.commit is None  # its bytes are read in any case
     notes = check_base(recipe.base_model, found.base.commit, numbers=is_folder)
+    _check_adapter(recipe, found.base.commit)
     steps: dict[str, PlannedStep] = {}
     for key in _keys(recipe):
         before = {name: step.fingerprint for name, step in steps.items()}
         parts = step_parts(key, recipe, found, found.chat_template)
         steps[key] = name_step(key, parts, step_inputs(key, recipe, found, before))
     return Plan(steps, found.chat_template, found.base.commit, notes)
+
+
+def _check_adapter(recipe: Recipe, commit: str | None) -> None:
+    """Where the base is on this disk, and its architecture is no code of its own; else training tells."""
+    if recipe.train.lora is None or recipe.base_model.trust_remote_code:
+        return
+    from sft_core.base_check.hub import cached_folder
+    from sft_core.train.fit import check_adapter  # slow to import
+
+    folder = Path(recipe.base_model.path)
+    here = folder if folder.is_dir() else cached_folder(recipe.base_model, commit)
+    if here is not None:
+        check_adapter(here, recipe.train.lora)
 
 
 def _keys(recipe: Recipe) -> list[str]:

@@ -68,7 +68,7 @@ def adapter_shapes(base: Path, lora: LoraConfig, trust_remote_code: bool) -> tup
         modules = adapted_modules(model, lora)
         short = short_names(modules)
         matched = [name for name, _ in model.named_modules() if any(f".{name}".endswith(f".{end}") for end in short)]
-        token_rows = token_indices(model, base, lora.trainable_tokens, trust_remote_code)
+        token_rows = token_indices(model, base, lora, trust_remote_code)
         with torch.device("meta"):
             adapted = get_peft_model(model, peft_config(lora, modules, token_rows))
     except (ValueError, RecipeError) as error:

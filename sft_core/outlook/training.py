@@ -4,16 +4,16 @@ In: the recipe, the packed folder, the base model's folder. Out: warnings, a sen
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
 from sft_core.outlook.untrained import UntrainedToken, UsedTokens, Vocabulary, untrained_tokens
-from sft_core.outlook.weight_rows import OUTPUT_MODULES
+from sft_core.outlook.weight_rows import OUTPUT_MODULES, has_biased_head, input_matrix, output_matrix
 from sft_core.pack.packed import BINS, SEQUENCES, TOKENIZER
-from sft_core.recipe import LoraConfig, Recipe
+from sft_core.recipe import LoraConfig, Recipe, TrainConfig
 
 FEW_STEPS = 30
 SHARDS_READ, SEQUENCES_READ = 16, 1000
@@ -24,7 +24,7 @@ def warnings_before_training(recipe: Recipe, packed: Path, base: Path) -> list[s
     """Few optimizer steps; tokens of the chat template that the base never learned. ModelError if its weights are
     torn."""
     found, vocabulary = few_steps(recipe, pq.read_metadata(packed / BINS).num_rows), read_vocabulary(packed)
-    return found + untrained_words(recipe.train.lora, base, vocabulary, used_tokens(packed, vocabulary))
+    return found + untrained_words(recipe.train, base, vocabulary, used_tokens(packed, vocabulary))
 
 
 def read_vocabulary(packed: Path) -> Vocabulary:
@@ -48,22 +48,24 @@ def few_steps(recipe: Recipe, packed_rows: float) -> list[str]:
     ]
 
 
-def untrained_words(lora: LoraConfig | None, base: Path, vocabulary: Vocabulary, used: UsedTokens) -> list[str]:
+def untrained_words(train: TrainConfig, base: Path, vocabulary: Vocabulary, used: UsedTokens) -> list[str]:
     """A warning of the output rows, or else of the input rows, as far as training leaves them as they are."""
+    lora = train.lora
     if lora is None:
         return []
+    mend = _whole_rows(base) if _needs_whole_rows(train, base) else _single_rows
     found = [token for token in untrained_tokens(base, vocabulary, used) if not _is_adapted(lora, token)]
     written, read = ([token for token in found if token.is_output is output] for output in (True, False))
     if written:
         also = f", and never read {_listed(read)}" if read else ""
         return [
             f"the base model never learned to write {_listed(written)}{also}: the chat template uses that, the rows "
-            f"look untrained, and LoRA leaves them so. Answers may never end; set {_mend([*written, *read])}"
+            f"look untrained, and LoRA leaves them so. Answers may never end; set {mend([*written, *read])}"
         ]
     if read:
         return [
             f"the base model never read {_listed(read)}: the chat template uses that, the row looks untrained, and "
-            f"LoRA leaves it so; set {_mend(read)}"
+            f"LoRA leaves it so; set {mend(read)}"
         ]
     return []
 
@@ -91,7 +93,19 @@ def _is_adapted(lora: LoraConfig, token: UntrainedToken) -> bool:
     return any(name.rpartition(".")[2] in rows for name in (*lora.modules_to_save, *targets))
 
 
-def _mend(tokens: Sequence[UntrainedToken]) -> str:
+def _needs_whole_rows(train: TrainConfig, base: Path) -> bool:
+    """Whether single rows cannot be trained: ZeRO-3 holds parts of weights, PEFT leaves out a head's bias."""
+    from sft_core.train.zero import deepspeed_config, zero_stage
+
+    return zero_stage(deepspeed_config(train)) == 3 or has_biased_head(base)
+
+
+def _whole_rows(base: Path) -> Callable[[Sequence[UntrainedToken]], str]:
+    names = [matrix.module for matrix in (input_matrix(base), output_matrix(base)) if matrix is not None]
+    return lambda _: f"train.lora.modules_to_save: [{', '.join(dict.fromkeys(names))}]"
+
+
+def _single_rows(tokens: Sequence[UntrainedToken]) -> str:
     return f"train.lora.trainable_tokens: {json.dumps([*dict.fromkeys(t.token for t in tokens)])}"
 
 

@@ -63,6 +63,12 @@ def output_matrix(folder: Path) -> TokenMatrix | None:
     return head if head is not None or not tied else input_matrix(folder)
 
 
+def has_biased_head(folder: Path) -> bool:
+    """Whether the output head adds a bias, as Phi's does."""
+    names = {f"{module}.bias" for module in OUTPUT_MODULES}
+    return any(".".join(name.split(".")[-2:]) in names for _, header in _headers(folder) for name in header)
+
+
 def _find(folder: Path, modules: Sequence[str]) -> TokenMatrix | None:
     found = [
         (file, module, entry)

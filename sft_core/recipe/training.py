@@ -8,8 +8,6 @@ from pydantic import Field, field_validator, model_validator
 
 from sft_core.recipe.section import Fraction, Positive, Section
 
-EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out"})
-"""What models call their input embedding and output head."""
 DEEPSPEED_PRESETS = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 
 
@@ -36,14 +34,6 @@ class LoraConfig(Section):
     init_lora_weights: bool | str = True
     """`true` (A random, B zero), `gaussian`, `pissa` (the base's principal part is what is trained; quicker, by an
     approximate SVD: `pissa_niter_16`; with `quantization: none`), `loftq` (corrects the 4-bit rounding; with `nf4`)."""
-
-    @model_validator(mode="after")
-    def _rows_are_trained_once(self) -> "LoraConfig":
-        targets = (self.target_modules,) if isinstance(self.target_modules, str) else self.target_modules
-        twice = {name.rpartition(".")[2] for name in (*self.modules_to_save, *targets)} & EMBEDDINGS
-        if self.trainable_tokens and twice:
-            raise ValueError(f"trainable_tokens: {min(twice)} is trained by modules_to_save or target_modules already")
-        return self
 
     @field_validator("init_lora_weights")
     @classmethod

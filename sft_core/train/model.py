@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationCon
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sft_core.base_check.generation import saveable
-from sft_core.convert.skeleton import peft_config
-from sft_core.errors import ModelError, RecipeError
+from sft_core.errors import ModelError
 from sft_core.recipe import TrainConfig
+from sft_core.train.fit import adapter_settings, not_adaptable
 from sft_core.train.initial import initialise
-from sft_core.train.targets import ALL_LINEAR, adapted_modules, check_modules_to_save, fused_experts
-from sft_core.train.token_rows import token_indices, train_rows_alone
+from sft_core.train.targets import ALL_LINEAR, fused_experts
+from sft_core.train.token_rows import train_rows_alone
 
 
 def quantization_config(train: TrainConfig) -> BitsAndBytesConfig | None:
@@ -86,14 +86,12 @@ def load_trainable(
         return model, notes
     if train.quantization != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    check_modules_to_save(model, train.lora)
-    token_rows = token_indices(model, Path(path), train.lora.trainable_tokens, trust_remote_code)
+    settings = adapter_settings(model, Path(path), train.lora, trust_remote_code)
     try:
-        settings = peft_config(train.lora, adapted_modules(model, train.lora), token_rows)
         settings.init_lora_weights = "gaussian" if train.lora.init_lora_weights == "gaussian" else True
         model = get_peft_model(model, settings)  # `initialise` does the rest
     except ValueError as error:
-        raise RecipeError(f"train.lora.target_modules {train.lora.target_modules!r}: {error}") from None
+        raise not_adaptable(train.lora, error) from None
     # A 16-bit sum swallows small updates. ZeRO-3 keeps float32 copies itself, and casts nothing that came in parts.
     dtype = getattr(torch, train.dtype) if is_deepspeed_zero3_enabled() else torch.float32
     for parameter in model.parameters():

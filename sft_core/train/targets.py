@@ -32,7 +32,7 @@ def adapted_modules(model: Any, lora: LoraConfig) -> list[str]:
             raise RecipeError("train.lora.target_modules 'all-linear': the model has no linear layer; name its modules")
     else:
         names = _matching(modules, lora.target_modules)
-    return [name for name in names if not _is_trained_whole(name, lora.modules_to_save)]
+    return [name for name in names if not is_trained_whole(name, lora.modules_to_save)]
 
 
 def check_modules_to_save(model: Any, lora: LoraConfig) -> None:
@@ -41,7 +41,7 @@ def check_modules_to_save(model: Any, lora: LoraConfig) -> None:
 
     modules = dict(model.named_modules())
     for target in lora.modules_to_save:
-        found = [name for name in modules if _is_trained_whole(name, (target,))]
+        found = [name for name in modules if is_trained_whole(name, (target,))]
         if not found:
             raise RecipeError(f"train.lora.modules_to_save: {_no_such_module(target, modules)}")
         if any(isinstance(inner, Linear4bit) for name in found for inner in modules[name].modules()):
@@ -89,7 +89,7 @@ def _ends_with(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def _is_trained_whole(name: str, targets: tuple[str, ...]) -> bool:
+def is_trained_whole(name: str, targets: tuple[str, ...]) -> bool:
     return any(_ends_with(name, target) for target in targets)
 
 

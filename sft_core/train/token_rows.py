@@ -16,19 +16,29 @@ from torch.nn.functional import embedding, linear
 
 from sft_core.convert.skeleton import token_modules
 from sft_core.errors import RecipeError
+from sft_core.recipe import LoraConfig
+from sft_core.train.targets import adapted_modules, is_trained_whole
 
 KEY = "train.lora.trainable_tokens"
 
 
 def token_indices(
-    model: Any, tokenizer: Path, tokens: Sequence[str], trust_remote_code: bool
+    model: Any, tokenizer: Path, lora: LoraConfig, trust_remote_code: bool
 ) -> dict[str, list[int]] | None:
     """Module -> ids of the rows to train, in the input embedding and, where that is a weight of its own, in the output
-    head; None for no tokens. RecipeError for a text that is no token of this tokenizer, or has no row.
+    head; None for no tokens. RecipeError for a text that is no token of this tokenizer, or has no row, and where all
+    rows are trained already.
     """
+    tokens = lora.trainable_tokens
     if not tokens:
         return None
     from transformers import AutoTokenizer
+
+    for name in token_modules(model):
+        if is_trained_whole(name, lora.modules_to_save) or name in adapted_modules(model, lora):
+            raise RecipeError(
+                f"{KEY}: {name} is trained by modules_to_save or target_modules already; take one of both"
+            )
 
     loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code)
     ids = _ids(loaded, tokens, int(model.get_input_embeddings().weight.shape[0]))

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sft_core.errors import ModelError
 from sft_core.outlook import UsedTokens, Vocabulary, untrained_tokens
 from sft_core.outlook.training import read_vocabulary, untrained_words
-from sft_core.recipe import LoraConfig
+from sft_core.recipe import LoraConfig, TrainConfig
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 WORDS, WIDTH, PADDED = 600, 64, 8
@@ -181,8 +181,8 @@ def test_a_real_model_names_the_token_it_never_saw(tmp_path: Path) -> None:
     assert [(token.token, token.sign) for token in found] == [("</s>", "equal")]
 
 
-def words(folder: Path, lora: LoraConfig | None) -> list[str]:
-    return untrained_words(lora, folder, VOCABULARY, USED)
+def words(folder: Path, lora: LoraConfig | None, deepspeed: str | None = "zero2") -> list[str]:
+    return untrained_words(TrainConfig(lora=lora, deepspeed=deepspeed, quantization="none"), folder, VOCABULARY, USED)
 
 
 def test_the_warning_names_tokens_norms_and_the_key(tmp_path: Path) -> None:
@@ -193,6 +193,17 @@ def test_the_warning_names_tokens_norms_and_the_key(tmp_path: Path) -> None:
     (said,) = words(base(tmp_path, near_zero, tied=True), LoraConfig())
     assert "row of embed_tokens" in said
     assert said.endswith('set train.lora.trainable_tokens: ["<|im_end|>"]')
+
+
+def test_the_key_is_one_that_training_takes(tmp_path: Path) -> None:
+    whole = "set train.lora.modules_to_save: [embed_tokens, lm_head]"
+    (said,) = words(base(tmp_path, near_zero), LoraConfig(), deepspeed="zero3")
+    assert said.endswith(whole)
+    folder = base(tmp_path, near_zero)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "lm_head.bias": tensors["lm_head.weight"][:, 0].contiguous()}, folder / "model.safetensors")
+    (said,) = words(folder, LoraConfig())
+    assert said.endswith(whole)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sft_core.errors import ModelError, PlanError, SourceError
+from sft_core.errors import ModelError, PlanError, RecipeError, SourceError
 from sft_core.explain import explain_plan
 from sft_core.plan import Plan, plan_champion, plan_recipe
 from sft_core.recipe import Recipe, resolve
@@ -193,3 +193,22 @@ def test_a_source_that_changes_between_plan_and_fetch_stops_the_run(project: Pat
     with pytest.raises(PlanError, match="changed since this run was planned"):
         run_step(run, "fetch/0")
     assert run.store.manifests("fetch") == []
+
+
+@pytest.mark.parametrize(
+    ("lora", "says"),
+    [
+        ({"target_modules": ["q_prj"]}, r"train\.lora\.target_modules.*q_prj"),
+        ({"modules_to_save": ["lm_haed"]}, r"train\.lora\.modules_to_save.*lm_haed"),
+        ({"trainable_tokens": ["<|nothing|>"]}, r"train\.lora\.trainable_tokens: '<\|nothing\|>' is no token"),
+        (
+            {"trainable_tokens": ["<|im_end|>"], "modules_to_save": ["lm_head"]},
+            r"lm_head is trained by modules_to_save or target_modules already",
+        ),
+        ({"target_modules": ["input_layernorm"]}, r"train\.lora\.target_modules.*not supported"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_the_base_is_no_plan(project: Path, lora: dict[str, Any], says: str) -> None:
+    """Found before rows are fetched and a GPU is waited for: a plan is what the dry run makes too."""
+    with pytest.raises(RecipeError, match=says):
+        plan_recipe(recipe(train={"lora": lora}))

@@ -17,6 +17,7 @@ from sft_core.convert import ConvertOptions, convert_checkpoint
 from sft_core.errors import ModelError, RecipeError
 from sft_core.merge import MergeOptions, merge_adapter
 from sft_core.recipe import LoraConfig
+from sft_core.train.fit import check_adapter
 from sft_core.train.limits import check_training
 from sft_core.train.model import load_trainable
 from tests.sft_core.train_runs import config, make_packed, train, train_here
@@ -168,8 +169,10 @@ def test_what_cannot_be_trained_is_refused(tiny_model: Path, tmp_path: Path) -> 
     )
     with pytest.raises(RecipeError, match=r"train\.lora\.trainable_tokens with deepspeed zero3"):
         check_training(config(lora={"trainable_tokens": TOKENS}, deepspeed="zero3"))
-    with pytest.raises(ValueError, match="lm_head is trained by modules_to_save or target_modules already"):
-        LoraConfig(trainable_tokens=("<|im_end|>",), modules_to_save=("lm_head",))
+    for key in ("modules_to_save", "target_modules"):
+        lora = LoraConfig(trainable_tokens=TOKENS[:1], **{key: ("lm_head",)})
+        with pytest.raises(RecipeError, match="lm_head is trained by modules_to_save or target_modules already"):
+            check_adapter(tiny_model, lora)
 
 
 @pytest.mark.slow
