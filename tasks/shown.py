@@ -20,6 +20,7 @@ from prefect.exceptions import PrefectException
 from prefect.runtime import flow_run
 from prefect.utilities.urls import url_for
 
+from sft_core.account import COUNTED, account_line, loss_of
 from sft_core.artifacts import Manifest
 from sft_core.credentials import without_credentials
 from sft_core.lineage.card import scores_table
@@ -48,10 +49,14 @@ def show_ledger(job: Job) -> None:
     """A table of what fetch, normalize and pack did with every row; all three must be built."""
     store, steps = job.retraining(say).store, job.plan.steps
     moving = [key for key in steps if key.startswith("fetch/")] + ["normalize", "pack"]
-    found = {key: store.find(steps[key].step, steps[key].fingerprint) for key in moving}
-    rows = ledger_rows({key: manifest for key, manifest in found.items() if manifest is not None})
+    there = {key: store.find(steps[key].step, steps[key].fingerprint) for key in moving}
+    found = {key: manifest for key, manifest in there.items() if manifest is not None}
+    rows = ledger_rows(found)
     kept = f"`quarantine` in normalize/{steps['normalize'].fingerprint[:12]}"
     words = f"What became of the data of {job.recipe.name}. Rows set aside are kept in the folder {kept} of the store."
+    lost = [loss_of(key, manifest.ledger) for key, manifest in found.items() if key in COUNTED]
+    if account := account_line(job.recipe.max_quarantined_fraction, *lost):
+        words = f"{words} {account[0].upper()}{account[1:]}."
     with only_shown("the ledger"):
         create_table_artifact(rows, artifact_key("ledger", job.recipe.name), words)
 

@@ -96,6 +96,7 @@ def test_the_ledger_says_what_became_of_the_rows(stack: Stack, page: Page, finis
     open_latest(stack, page, "ledger-orders")
     row = page.get_by_role("row").filter(has_text="normalize").filter(has_text="rows").first
     expect(row.get_by_role("cell")).to_have_text(["normalize", "rows", "62", "60", "2", "empty_answer 2"])
+    expect(page.get_by_text("Of the data 3.2% is lost (normalize 2 of 62 rows (3.2%))")).to_be_visible()
     picture(page, "ledger")
 
 
