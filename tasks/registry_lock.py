@@ -36,9 +36,15 @@ Value = TypeVar("Value")
 @contextmanager
 def registry_lock(model_name: str) -> Iterator[Lease]:
     """Held inside the block. RegistryError if others hold it for WAIT_SECONDS, or if it was lost meanwhile."""
-    with _lock(model_name, f"the registry's lock of {model_name}", WAIT_SECONDS) as lease:
-        yield lease
-        require_held(lease, model_name)
+    held: Lease | None = None
+    try:
+        with _lock(model_name, f"the registry's lock of {model_name}", WAIT_SECONDS) as held:
+            yield held
+            require_held(held, model_name)
+    except StoreError:  # what failed inside, failed of the loss
+        if held is not None:
+            require_held(held, model_name)
+        raise
 
 
 def upload_lock(merged_fingerprint: str, wait_seconds: float = math.inf) -> AbstractContextManager[Lease]:

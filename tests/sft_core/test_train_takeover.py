@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -39,10 +39,10 @@ train:
   deepspeed: null
   lora: {r: 4, lora_alpha: 8, lora_dropout: 0.1}
   max_steps: 40
-  num_train_epochs: 9
+  num_train_epochs: 72
   save_steps: 2
   per_device_train_batch_size: 2
-  gradient_accumulation_steps: 1
+  gradient_accumulation_steps: 8
   learning_rate: 1.0e-2
   gradient_checkpointing: false
   logging_steps: 1
@@ -70,6 +70,18 @@ print("reused" if built.reused else "built", flush=True)
 """
 
 
+STARTED: list["subprocess.Popen[str]"] = []
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_left() -> Iterator[None]:
+    """A test that fails leaves suspended processes behind, which hold what they hold until the machine ends."""
+    yield
+    for process in STARTED:
+        process.kill()
+    STARTED.clear()
+
+
 class Trainer:
     """A process that trains `recipe.yaml` of a folder; its lines are read as they come."""
 
@@ -85,6 +97,7 @@ class Trainer:
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+        STARTED.append(self.process)
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -194,7 +207,7 @@ def test_a_trainer_that_lost_its_lease_leaves_the_next_one_alone(
 
 def test_a_rank_does_not_outlive_its_suspended_launcher_for_long(prepared: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(prepared, tmp_path / "project")
-    (folder / "recipe.yaml").write_text(RECIPE.replace("max_steps: 40", "max_steps: 4000").replace(": 9", ": 900"))
+    (folder / "recipe.yaml").write_text(RECIPE.replace("max_steps: 40", "max_steps: 4000").replace(": 72", ": 7200"))
     first = Trainer(folder)
     first.wait_for(step_line(3))
     rank = child_of(first.process.pid)
