@@ -14,7 +14,15 @@ import pytest
 from sft_core.artifacts import StoredFile
 from sft_core.errors import TrainError
 from sft_core.train import TrainInputs, train_adapter
-from sft_core.train.checkpoints import COMPLETE, Counts, keep_newest, mark_complete, newest_complete, read_mark
+from sft_core.train.checkpoints import (
+    COMPLETE,
+    Counts,
+    complete_checkpoints,
+    keep_newest,
+    mark_complete,
+    newest_complete,
+    read_mark,
+)
 from sft_core.train.metrics import read_metrics
 from sft_core.train.world_size import going_on
 from tests.sft_core.train_runs import child_of, config, losses, train, train_here, weights_hash
@@ -62,7 +70,7 @@ def kill_once(packed: Path, model: Path, folder: Path, section: object, draw: ra
             return
         rank = child_of(os.getpid())
         os.kill(rank, signal.SIGSTOP)  # or checkpoints come and go while they are looked at
-        there = newest_complete(folder / "work") is not None
+        there = complete_checkpoints(folder / "work")
         os.kill(rank, signal.SIGCONT)
         if there:
             time.sleep(delay)
