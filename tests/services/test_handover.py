@@ -56,14 +56,14 @@ def test_a_deployment_that_is_not_there(cpu_only: Stack) -> None:
 
 
 def test_a_users_fault_is_not_tried_again_until_the_parent_is(cpu_only: Stack) -> None:
-    """The recipe trains modules that the model does not have."""
+    """The recipe asks for what this worker's machine cannot do, which the parent's cannot know."""
     stack = cpu_only
-    parameters = {"recipe": "recipe.yaml", "train": {"lora": {"target_modules": ["nowhere"]}}, **TRAIN_ON_GPU}
+    parameters = {"recipe": "recipe.yaml", "train": {"dtype": "float16"}, **TRAIN_ON_GPU}
     parent = stack.run_deployment("retrain/on-demand", parameters)
     ended = stack.wait_final(parent)
     assert ended["state_type"] == "FAILED"
     assert "train/gpu: flow run" in ended["state"]["message"]
-    assert "nowhere" in ended["state"]["message"]
+    assert "train.dtype float16: needs a GPU" in ended["state"]["message"]
     assert [run["state_type"] for run in attempts(stack, parent, "train")] == ["FAILED"]
 
     stack.api("POST", f"/flow_runs/{parent}/set_state", RETRY)  # as the button in the UI does
