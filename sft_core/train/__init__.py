@@ -5,7 +5,6 @@ optimizer step, or of the best by held-out loss), `metrics.jsonl`, `train.log`, 
 sampled. The work is done by a child process; see `worker.py`.
 """
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from sft_core.recipe import TrainConfig
 from sft_core.terminal import say
 from sft_core.train.best import best_checkpoint, best_in
 from sft_core.train.checkpoints import newest_complete, step_of
+from sft_core.train.gpus import check_ranks, count_gpus
 from sft_core.train.launch import run_training
 from sft_core.train.launchers import ONE_MACHINE, Launch
 from sft_core.train.limits import check_training
@@ -26,7 +26,7 @@ from sft_core.train.sound import damage, newest_sound
 from sft_core.train.spec import MAPPED, SAMPLES, SILENCE_SECONDS, TrainSpec
 from sft_core.train.world_size import RESIZED, going_on, note_of
 
-STEP_VERSION = 6
+STEP_VERSION = 7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +52,12 @@ def train_adapter(
     """Train to the last optimizer step, going on from `inputs.work` if it holds a complete checkpoint."""
     work = inputs.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    num_processes = config.num_processes or _num_gpus() or 1
-    for note in check_training(config, num_processes, cuda=bool(_num_gpus())):
+    gpus = count_gpus()
+    num_processes = config.num_processes or gpus or 1
+    for note in check_training(config, num_processes, cuda=gpus > 0):
         on_line(note)
+    if inputs.launch.launcher != "slurm":  # where each task is a rank, and may be shown its own GPU alone
+        check_ranks(num_processes // inputs.launch.nnodes, gpus)
     newest = newest_sound(work, on_line, config.load_best_model_at_end)
     resize = False
     if newest is not None:
@@ -74,6 +77,7 @@ def train_adapter(
         conversations=str(inputs.conversations) if inputs.conversations else None,
         resize=resize,
         silence_seconds=inputs.silence_seconds,
+        cuda=gpus > 0,
     )
     (work / MAPPED).unlink(missing_ok=True)  # made anew from what was compared with its hashes
     spec.write(work / "spec.json")
@@ -119,10 +123,3 @@ def copy_result(checkpoint: Path, work: Path, out: Path) -> None:
             f"training is done, but {checkpoint} could not be copied to {out}: {error}; make room there, and the same "
             "command goes on from here"
         ) from None
-
-
-def _num_gpus() -> int:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1")])
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))

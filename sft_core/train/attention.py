@@ -1,20 +1,23 @@
 """Attention inside packed documents only, for a model whose rows hold several.
 
 In: a causal LM. Out: the model set to an attention that knows the borders, and the reason for the choice. Borders come
-from `position_ids`, which restart at 0 in each document, once a forward, and travel under the names that transformers'
-flash attention takes (`cu_seq_lens_q`, `max_length_q`, ...).
+from `position_ids`, which restart at 0 in each document: counted where the batch is made, on the CPU, or else once a
+forward. They travel under the names that transformers' flash attention takes (`cu_seq_lens_q`, `max_length_q`, ...).
 
 The rule, in this order (figures of it: benchmarks/README.md):
 
 1. CUDA with flash-attention installed: transformers' own `flash_attention_2`.
-2. CUDA, half precision, full causal attention: `torch.nn.attention.varlen` under the name `NAME`.
-3. CPU, full causal attention: SDPA document by document, under the same name. A mask costs the square of the row.
-4. Else what the model was loaded with: sliding windows, capped scores, attention dropout, unknown interfaces.
+2. CUDA, half precision, causal attention, in whole or in a sliding window: `torch.nn.attention.varlen` under the name
+   `NAME`, called with those arguments only that the installed torch has.
+3. CPU, the same attention: SDPA document by document, under the same name. A mask costs the square of the row.
+4. Else what the model was loaded with: capped scores, sinks, attention dropout, unknown interfaces, a torch without it.
 
 Sources: FlashAttention's varlen interface; transformers' AttentionInterface guide.
 """
 
-from functools import partial
+import inspect
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -29,9 +32,13 @@ from sft_core.train.loss import causal_lm
 from sft_core.train.sequence_parallel import AcrossRanks, across_ranks, check_heads
 
 NAME = "packed_documents"
+BY_BORDERS = (NAME, "flash_attention_2")
+"""Attentions that know documents by `borders`, not by a mask."""
 HALF = (torch.bfloat16, torch.float16)
 VARLEN_HEAD_DIM = 256
 """Largest head of PyTorch's flash kernels."""
+KINDS = {"full_attention", "sliding_attention"}
+"""Of layers (a configuration's `layer_types`) that `packed_attention` covers."""
 
 
 def use_packed_attention(model: Any, sequence_parallel_size: int = 1) -> tuple[str, str]:
@@ -48,8 +55,9 @@ def use_packed_attention(model: Any, sequence_parallel_size: int = 1) -> tuple[s
         AttentionMaskInterface.register(NAME, mask_where_padded)
     if chosen != inner.config._attn_implementation:
         inner.set_attn_implementation(chosen)
-    if chosen in (NAME, "flash_attention_2"):
-        inner.get_decoder().register_forward_pre_hook(partial(_add_borders, across), with_kwargs=True)
+    if chosen in BY_BORDERS:
+        hook = partial(_add_borders, across, chosen == NAME)
+        inner.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
     return chosen, reason
 
 
@@ -71,23 +79,49 @@ def choose_attention(model: Any, shared: bool = False) -> tuple[str, str]:
         return default, f"variable-length kernels take half precision, not {config.dtype}"
     if torch.cuda.get_device_capability() < (8, 0):
         return default, "variable-length kernels need compute capability 8.0"
+    found = varlen_kernel()
+    return (default, found) if isinstance(found, str) else (NAME, "torch.nn.attention.varlen")
+
+
+@lru_cache(maxsize=1)
+def varlen_kernel() -> Callable[..., Any] | str:
+    """The installed torch's `varlen_attn`, or why it cannot be used.
+
+    Its arguments differ: 2.10 has `is_causal` and no window, 2.11 `window_size`, 2.12 wants `enable_gqa` where heads of
+    keys are fewer; before that they may be fewer without a word. What comes back takes all of 2.12's.
+    """
     try:
-        from torch.nn.attention.varlen import varlen_attn  # noqa: F401
+        from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return default, f"torch {torch.__version__} has no torch.nn.attention.varlen"
-    return NAME, "torch.nn.attention.varlen"
+        return f"torch {torch.__version__} has no torch.nn.attention.varlen"
+    has = inspect.signature(varlen_attn).parameters
+    needed = [name for name in ("scale", "window_size") if name not in has]
+    if needed:
+        return f"torch {torch.__version__}: its torch.nn.attention.varlen takes no {' and no '.join(needed)}"
+    if "enable_gqa" in has:
+        return varlen_attn
+
+    def without_enable_gqa(*states: Any, enable_gqa: bool, **options: Any) -> Any:
+        return varlen_attn(*states, **options)
+
+    return without_enable_gqa
 
 
 def _not_covered(inner: Any, config: Any) -> str:
     """Why `packed_attention` cannot stand in for this model's attention; empty if it can."""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    beyond = set(getattr(config, "layer_types", None) or KINDS) - KINDS
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if not (inner._supports_attention_backend and inner._supports_sdpa):
         return f"{type(inner).__name__} takes no other attention function"
-    if kinds != {"full_attention"}:
-        return f"layers of kind {', '.join(sorted(kinds - {'full_attention'}))}"
-    if getattr(config, "sliding_window", None) is not None and not hasattr(config, "layer_types"):
-        return f"a sliding window of {config.sliding_window} tokens"
+    if beyond:
+        return f"layers of kind {', '.join(sorted(beyond))}"
+    if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
+        return "attention in both directions"
+    if any(name.endswith("sinks") for name, _ in inner.named_parameters()):
+        return "attention sinks"
+    for name, module in inner.named_modules():
+        if hasattr(module, "sliding_window") and module.sliding_window != window_of(module):
+            return f"{name} has a sliding window that its configuration does not give it"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "capped attention scores"
     if getattr(config, "attention_dropout", 0.0):
@@ -97,29 +131,50 @@ def _not_covered(inner: Any, config: Any) -> str:
     return ""
 
 
-def borders(position_ids: torch.Tensor) -> dict[str, Any]:
-    """Keyword arguments of variable-length attention for `position_ids` (batch, length), rows laid end to end.
+def window_of(module: Any) -> int | None:
+    """Tokens that an attention layer sees, itself among them, by its configuration; None for all. This is what
+    transformers' masks go by; not every model passes it to its attention function."""
+    config = getattr(module, "config", None)
+    kinds, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if kinds and layer is not None and kinds[layer] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
 
-    >>> borders(torch.tensor([[0, 1, 2, 0], [0, 1, 0, 1]]))["cu_seq_lens_q"]
+
+def document_ends(position_ids: torch.Tensor) -> torch.Tensor:
+    """Where documents begin in `position_ids` (batch, length), rows laid end to end, and the end: (documents + 1,).
+    On a GPU the CPU waits for the count.
+
+    >>> document_ends(torch.tensor([[0, 1, 2, 0], [0, 1, 0, 1]]))
     tensor([0, 3, 4, 6, 8], dtype=torch.int32)
     """
     flat = position_ids.flatten()
     starts = (flat == 0).nonzero().flatten().to(torch.int32)  # (documents,)
-    ends = torch.cat([starts, torch.tensor([flat.numel()], dtype=torch.int32, device=flat.device)])
-    longest = int(ends.diff().max())
-    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+    return torch.cat([starts, torch.tensor([flat.numel()], dtype=torch.int32, device=flat.device)])
+
+
+def borders(ends: torch.Tensor, length: int) -> dict[str, Any]:
+    """Keyword arguments of variable-length attention. `ends` as of `document_ends`; `length` of a row: no document is
+    longer. Kernels size their grid by it; the longest document itself would have to be waited for."""
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": length, "max_length_k": length}
 
 
 def _add_borders(
-    across: AcrossRanks | None, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    across: AcrossRanks | None, unmasked: bool, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
+    """`unmasked`: the attention needs no mask beside borders. Where none is given, transformers looks for several
+    documents in a row before it leaves one out, and the CPU waits for that; one of four dimensions is passed on."""
     positions = kwargs.get("position_ids")
-    others = ("attention_mask", "past_key_values", "cu_seq_lens_q")
-    if positions is None or positions.dim() != 2 or any(kwargs.get(name) is not None for name in others):
+    if any(kwargs.get(name) is not None for name in ("attention_mask", "past_key_values")):
         return args, kwargs
-    inputs = next(kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None)
-    positions = positions.expand(inputs.shape[:2])
-    return args, kwargs | borders(across.whole(positions) if across and decoder.training else positions)
+    if kwargs.get("cu_seq_lens_q") is None:
+        if positions is None or positions.dim() != 2:
+            return args, kwargs
+        inputs = next(kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None)
+        positions = positions.expand(inputs.shape[:2])
+        positions = across.whole(positions) if across and decoder.training else positions
+        kwargs = kwargs | borders(document_ends(positions), positions.shape[1])
+    return args, (kwargs | {"attention_mask": torch.zeros(1, 1, 1, 1)} if unmasked else kwargs)
 
 
 def _shared_attention(
@@ -143,17 +198,21 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: `query` (batch, heads, length, head_dim) to (batch, length, heads, head_dim).
 
-    With borders each document attends to itself, causally; without (generation, padded batches) it is SDPA.
+    With borders each document attends to itself, causally and within the layer's window, and there is no other mask;
+    without (generation, padded batches) it is SDPA. A window in whole rows without a mask: each row is a document.
     """
-    ends = kwargs.get("cu_seq_lens_q")
-    if ends is None or attention_mask is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    ends, window = kwargs.get("cu_seq_lens_q"), window_of(module)
     batch, heads, length, head_dim = query.shape
+    if ends is None and attention_mask is None and window is not None and key.shape[2] == length > window:
+        ends = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=query.device)
+    if ends is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     flat = [_rows_end_to_end(states) for states in (query, key, value)]
+    scaling = kwargs.get("scaling")
     if query.is_cuda:
-        joined = _varlen(module, flat, ends, kwargs["max_length_q"], kwargs.get("scaling"))
+        joined = _varlen(module, flat, (ends, kwargs.get("max_length_q", length)), window, scaling)
     else:
-        joined = _by_document(module, flat, ends.diff().tolist(), kwargs.get("scaling"))
+        joined = _by_document(module, flat, ends, window, scaling)
     return joined.view(batch, length, heads, head_dim), None
 
 
@@ -163,24 +222,48 @@ def _rows_end_to_end(states: torch.Tensor) -> torch.Tensor:
 
 
 def _by_document(
-    module: Any, states: list[torch.Tensor], lengths: list[int], scaling: float | None
+    module: Any, states: list[torch.Tensor], ends: torch.Tensor, window: int | None, scaling: float | None
 ) -> torch.Tensor:  # (batch * length, heads, head_dim)
+    lengths = ends.diff().tolist()
     parts = zip(*(torch.split(state, lengths) for state in states), strict=True)  # its gradient is one cat
     documents = ([part.transpose(0, 1).unsqueeze(0) for part in document] for document in parts)
-    return torch.cat([sdpa_attention_forward(module, *three, None, scaling=scaling)[0][0] for three in documents])
+    masks = [_banded(length, window) for length in lengths]
+    outputs = (
+        sdpa_attention_forward(module, *three, mask, scaling=scaling)[0][0]
+        for three, mask in zip(documents, masks, strict=True)
+    )
+    return torch.cat(list(outputs))
+
+
+def _banded(length: int, window: int | None) -> torch.Tensor | None:
+    """(1, 1, length, length): each token sees itself and the `window - 1` before it; None where causality says it all.
+
+    >>> _banded(3, 2)[0, 0].int()
+    tensor([[1, 0, 0],
+            [1, 1, 0],
+            [0, 1, 1]], dtype=torch.int32)
+    """
+    if window is None or length <= window:
+        return None
+    behind = torch.arange(length)[:, None] - torch.arange(length)  # (query, key)
+    return ((behind >= 0) & (behind < window))[None, None]
 
 
 def _varlen(
-    module: Any, states: list[torch.Tensor], ends: torch.Tensor, longest: int, scaling: float | None
+    module: Any,
+    states: list[torch.Tensor],
+    documents: tuple[torch.Tensor, int],
+    window: int | None,
+    scaling: float | None,
 ) -> torch.Tensor:  # (batch * length, heads, head_dim)
-    from torch.nn.attention.varlen import varlen_attn
-
+    varlen_attn, (ends, longest) = varlen_kernel(), documents
+    assert not isinstance(varlen_attn, str), "else it would not have been chosen"
     dtype = get_target_dtype(states[0], module)  # PEFT keeps norms, and so 4-bit layers' outputs, in float32
     query, key, value = (state.to(dtype) if dtype else state for state in states)
     result = varlen_attn(
         *(query, key, value, ends, ends, longest, longest),
         scale=scaling,
-        window_size=(-1, 0),  # causal
+        window_size=(-1 if window is None else window - 1, 0),  # tokens to the left, none to the right: causal
         enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(result, torch.Tensor)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from sft_core.pack import IGNORE_INDEX, PackedDataset, Sequence, pack_lengths
 from sft_core.pack.collate import collate
-from sft_core.train.loss import LossWay, supervised_loss
+from sft_core.train.loss import LossWay, supervised_loss, with_targets
 
 
 class HeldOut:
@@ -52,7 +52,7 @@ class HeldOut:
         a_turn = self._rows_a_batch * _world_size()
         for turn in range(math.ceil(len(self._rows) / a_turn)):
             start = turn * a_turn + rank * self._rows_a_batch
-            yield collate(self._rows[start : start + self._rows_a_batch] or [[]], self._pad_token_id)
+            yield with_targets(collate(self._rows[start : start + self._rows_a_batch] or [[]], self._pad_token_id))
 
 
 def read_held_out(conversations: Path, packed: PackedDataset, tokenizer: Any, rows_a_batch: int) -> HeldOut:

@@ -78,7 +78,7 @@ def training_environment(
     here = launch.local_world_size if launch.launcher == "slurm" else num_processes // launch.nnodes
     child.setdefault("OMP_NUM_THREADS", str(max(1, ((os.cpu_count() or 1) - 1) // here)))  # one core for us
     child["PYTHONSAFEPATH"] = "1"  # `-m` would put the current folder first, where a user's datasets.py may lie
-    child["PYTHONPATH"] = os.pathsep.join([str(ROOT), *_elsewhere(child.get("PYTHONPATH", ""))])
+    child["PYTHONPATH"] = os.pathsep.join([str(ROOT), *elsewhere(child.get("PYTHONPATH", ""))])
     interface = interface_towards(launch.addr) if launch.nnodes > 1 else None
     if interface is not None:
         child.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -94,7 +94,7 @@ def training_environment(
     return child
 
 
-def _elsewhere(places: str) -> list[str]:
+def elsewhere(places: str) -> list[str]:
     """Entries of PYTHONPATH but the current folder, which Prefect puts there: ranks import nothing of the user's."""
     return [place for place in places.split(os.pathsep) if place and Path(place).resolve() != Path.cwd()]
 

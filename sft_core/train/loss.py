@@ -9,12 +9,15 @@ model itself would count it whole for every micro-batch.
 Two ways, both through the model's own forward, so that wrappers, scaled or capped logits and a router's auxiliary loss
 stay what they are:
 
-- `selected`: transformers' `logits_to_keep` takes a boolean mask, `shift_labels` the targets beside it.
+- `selected`: transformers' `logits_to_keep` takes the positions, `shift_labels` the targets beside them.
 - `chunked`: the head is left out of the forward and applied to a few rows at a time, each chunk's gradient taken at
   once, so at most `CHUNK_BYTES` of float32 logits live. On CUDA, liger-kernel's fused kernel does it where installed.
   It needs a frozen head, and a model that changes nothing behind it, or scales only.
 
 A model that computes its loss otherwise keeps its `own` way. `choose_loss` tries it out on the real model.
+
+Which positions those are is known where the batch is made (`with_targets`), so that a GPU need not be waited for: a
+boolean mask would have to be counted there first.
 
 Sources: Liger Kernel, arXiv 2410.10989, section 3.2; transformers' `slice_logits_to_keep` and `ForCausalLMLoss`.
 """
@@ -35,6 +38,8 @@ CHUNK_BYTES = 256 * 2**20
 """Float32 logits of one chunk: 524 rows of a vocabulary of 128,256."""
 CHUNK_FROM_VOCABULARY = 16_384
 """Below it the logits of supervised tokens are small beside the activations, and one product is quickest."""
+TARGETS, POSITIONS = "supervised_targets", "supervised_positions"
+"""Of a batch, by `with_targets`."""
 PROBE_LENGTH = 8
 PROBE_TOLERANCE = 1e-2
 """Difference of losses over their size: bf16 rounding lies below."""
@@ -44,25 +49,46 @@ def supervised_loss(
     model: Any, batch: Mapping[str, torch.Tensor], num_items_in_batch: torch.Tensor | int | None, way: LossWay
 ) -> torch.Tensor:
     """Scalar loss of `batch`; `labels` is (batch, length) with IGNORE_INDEX where nothing is trained. `shift_labels`,
-    where the batch has them: the token after each, which may be on another rank.
+    where the batch has them: the token after each, which may be on another rank. With what `with_targets` adds to a
+    batch on the CPU, a GPU is not waited for.
 
     `num_items_in_batch`: supervised tokens of the whole optimizer step; None for the mean over this batch.
     """
-    inputs: dict[str, Any] = {name: value for name, value in batch.items() if name not in ("labels", "shift_labels")}
-    labels, targets = batch["labels"], batch.get("shift_labels")
+    apart = ("labels", "shift_labels", TARGETS, POSITIONS)
+    inputs: dict[str, Any] = {name: value for name, value in batch.items() if name not in apart}
     inner = causal_lm(model)
     if way == "own":
-        if targets is not None:
-            inputs["shift_labels"] = targets
-        return _own_loss(model, inputs, labels, num_items_in_batch)
-    if targets is None:
-        targets = pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]  # (batch, length): the token after each
-    keep = targets != IGNORE_INDEX
-    chosen = targets[keep]  # (supervised,)
-    inputs |= {"labels": chosen, "shift_labels": chosen, "logits_to_keep": keep, "use_cache": False}
+        if "shift_labels" in batch:
+            inputs["shift_labels"] = batch["shift_labels"]
+        return _own_loss(model, inputs, batch["labels"], num_items_in_batch)
+    if POSITIONS not in batch:
+        batch = with_targets(batch)
+    targets = batch[TARGETS]  # (batch, most), IGNORE_INDEX where a row has fewer
+    flat = targets.flatten()
+    inputs |= {"labels": flat, "shift_labels": flat, "logits_to_keep": batch[POSITIONS], "use_cache": False}
     with _head_left_out(inner) if way == "chunked" else nullcontext():
         output = model(**inputs, num_items_in_batch=num_items_in_batch)
-    return _weighed(output, inner, len(chosen), num_items_in_batch)
+    return _weighed(output, inner, (targets != IGNORE_INDEX).sum(), num_items_in_batch)
+
+
+def with_targets(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`batch` with what is predicted, `supervised_targets`, and from where, `supervised_positions`: both (batch, most),
+    in order; `most` is that of the row with most supervised tokens, at least 1. Where a row has fewer, IGNORE_INDEX at
+    its first position. `labels`, or `shift_labels`, are (batch, length). On a GPU the CPU waits for the count.
+
+    >>> batch = with_targets({"labels": torch.tensor([[-100, 5, -100, 7], [-100, -100, -100, 8]])})
+    >>> batch["supervised_targets"].tolist(), batch["supervised_positions"].tolist()
+    ([[5, 7], [8, -100]], [[0, 2], [2, 0]])
+    """
+    following = batch.get("shift_labels")
+    if following is None:
+        following = pad(batch["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]  # (batch, length): the token after each
+    supervised = following != IGNORE_INDEX
+    most = max(1, int(supervised.sum(-1).max()))
+    first = supervised.int().argsort(dim=-1, descending=True, stable=True)[:, :most]  # supervised ones, in order
+    positions = torch.where(supervised.gather(-1, first), first, 0)
+    targets = torch.where(supervised.gather(-1, first), following.gather(-1, first), IGNORE_INDEX)
+    return {**batch, TARGETS: targets, POSITIONS: positions}
 
 
 def choose_loss(model: Any) -> tuple[LossWay, str]:
@@ -151,20 +177,20 @@ def _head_left_out(inner: Any) -> Iterator[None]:
     def loss_function(
         logits: torch.Tensor, labels: Any, vocab_size: int, num_items_in_batch: Any = None, **kwargs: Any
     ) -> torch.Tensor:
-        targets = kwargs["shift_labels"]
-        if logits.is_cuda and len(targets) and _has_liger() and type(head) is torch.nn.Linear:
-            total = _liger_sum(logits, head, targets)
+        hidden, targets = logits.flatten(0, -2), kwargs["shift_labels"]  # (n, hidden_size), (n,)
+        if hidden.is_cuda and _has_liger() and type(head) is torch.nn.Linear:
+            total = _liger_sum(hidden, head, targets)
         else:
             rows = max(1, CHUNK_BYTES // (4 * vocab_size))
-            total = _ChunkedSum.apply(logits, targets, apply_head, rows)  # type: ignore[no-untyped-call]
-        return total / (len(targets) if num_items_in_batch is None else num_items_in_batch)
+            total = _ChunkedSum.apply(hidden, targets, apply_head, rows)  # type: ignore[no-untyped-call]
+        return total / ((targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch)
 
     with _replaced(head, "forward", lambda hidden: hidden), _replaced(inner, "_loss_function", loss_function):
         yield
 
 
 class _ChunkedSum(torch.autograd.Function):
-    """Sum of cross-entropy over rows; the gradient of the hidden states is ready when the sum is."""
+    """Sum of cross-entropy over rows with a target; the gradient of the hidden states is ready when the sum is."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Any, rows: int) -> torch.Tensor:

@@ -32,6 +32,8 @@ class TrainSpec:
     """Whether the newest checkpoint was written by another number of ranks."""
     silence_seconds: float = SILENCE_SECONDS
     """Without a sign of life of the process that started them, ranks end themselves after so long."""
+    cuda: bool | None = None
+    """Whether the run was started for GPUs; a rank that cannot use one then fails. null: nobody looked."""
 
     @property
     def config(self) -> TrainConfig:

@@ -20,7 +20,8 @@ from transformers import Trainer, TrainingArguments
 
 from sft_core.errors import TrainError
 from sft_core.pack import IGNORE_INDEX
-from sft_core.train.batches import ROW_NUMBERS, ROW_TOKENS, NumberedCollator, NumberedRows
+from sft_core.train.attention import borders
+from sft_core.train.batches import DOCUMENT_ENDS, ROW_NUMBERS, ROW_TOKENS, SUPERVISED, NumberedCollator, NumberedRows
 from sft_core.train.checkpoints import Counts
 from sft_core.train.initial import INITIAL
 from sft_core.train.loss import LossWay, supervised_loss
@@ -37,6 +38,8 @@ class PackedTrainer(Trainer):
     """By the supervised tokens of the whole optimizer step."""
     across: AcrossRanks | None = None
     """The ranks with which this one shares rows."""
+    takes_borders = False
+    """Whether the model's attention knows documents by their borders."""
 
     def __init__(
         self, model: Any, args: TrainingArguments, stream: PackedStream, watch: StepWatch, log: Any, loss_way: LossWay
@@ -71,28 +74,30 @@ class PackedTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
         """Supervised tokens of the optimizer step at hand, all ranks together; at least 1, as it divides."""
-        supervised = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in batch_samples)
-        tokens = sum(batch[ROW_TOKENS].sum() for batch in batch_samples)
-        both = torch.stack([torch.as_tensor(supervised), torch.as_tensor(tokens)]).to(device)
+        supervised = sum(batch[SUPERVISED] for batch in batch_samples)
+        tokens = sum(sum(batch[ROW_TOKENS]) for batch in batch_samples)
         if self.args.world_size > 1:
+            both = torch.tensor([supervised, tokens], device=device)
             dist.all_reduce(both)
-        if self.across is not None:
-            both //= self.across.size  # all ranks of a group counted the same rows
+            supervised, tokens = both.tolist()
+        if self.across is not None:  # all ranks of a group counted the same rows
+            supervised, tokens = supervised // self.across.size, tokens // self.across.size
         counts = self.counts
         self.counts = replace(
-            counts,
-            supervised_tokens=counts.supervised_tokens + int(both[0]),
-            tokens=counts.tokens + int(both[1]),
+            counts, supervised_tokens=counts.supervised_tokens + supervised, tokens=counts.tokens + tokens
         )
-        return both[0].clamp_min(1)
+        return torch.tensor(max(1, supervised), device=device)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch; the watch keeps its loss."""
-        rows = inputs.pop(ROW_NUMBERS).tolist()
+        rows = inputs.pop(ROW_NUMBERS)
         inputs.pop(ROW_TOKENS)
+        ends, supervised = inputs.pop(DOCUMENT_ENDS), inputs.pop(SUPERVISED)
         if self.across is not None:
             inputs = self.across.part(inputs, self._pad_token_id)
-        supervised = (inputs.get("shift_labels", inputs["labels"]) != IGNORE_INDEX).sum()
+            supervised = (inputs["shift_labels"] != IGNORE_INDEX).sum()
+        elif self.takes_borders:
+            inputs |= borders(ends, inputs["input_ids"].shape[1])
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         self._watch.add(loss, supervised, rows)
         return loss

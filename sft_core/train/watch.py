@@ -34,10 +34,10 @@ class StepWatch:
         self._packed, self._stream, self._conversations = packed, stream, conversations
         self._overflows = 0
         self._losses: list[torch.Tensor] = []
-        self._supervised: list[torch.Tensor] = []
+        self._supervised: list[torch.Tensor | int] = []
         self._rows: list[list[int]] = []
 
-    def add(self, loss: torch.Tensor, supervised: torch.Tensor, rows: list[int]) -> None:
+    def add(self, loss: torch.Tensor, supervised: torch.Tensor | int, rows: list[int]) -> None:
         """One micro-batch: its loss, its number of supervised tokens, the numbers of its rows in the stream."""
         self._losses.append(loss)
         self._supervised.append(supervised)
@@ -46,7 +46,8 @@ class StepWatch:
     def check(self, optimizer_step: int, grad_norm: float, may_overflow: bool) -> None:
         """End of an optimizer step. `may_overflow`: a loss scale is still being looked for, so the gradient may be
         infinite for a while; such steps are left out."""
-        losses, supervised = torch.stack(self._losses), torch.stack(self._supervised)  # (micro-batches,)
+        losses = torch.stack(self._losses)  # (micro-batches,)
+        supervised = torch.tensor([int(count) for count in self._supervised], device=losses.device)
         rows = self._rows
         self._losses, self._supervised, self._rows = [], [], []
         bad = ~losses.isfinite() | ((losses == 0) & (supervised > 0))

@@ -69,9 +69,7 @@ def main(spec_path: str, ddp_timeout: float) -> int:
 
 def run(spec: Any, heart: Any, ddp_timeout: float) -> int:
     """Build model, data and Trainer for this rank; train; leave a complete checkpoint of the last step."""
-    import torch  # slow, and after PDEATHSIG
-
-    _avoid_compiled_ops(torch.cuda.is_available())
+    _look_at_device(spec)  # imports torch: slow, and after PDEATHSIG
     import transformers
 
     from sft_core.pack import load_packed
@@ -97,7 +95,7 @@ def run(spec: Any, heart: Any, ddp_timeout: float) -> int:
     max_steps = config.max_steps or math.ceil(stream.rows / (rows * config.gradient_accumulation_steps))
     arguments = pulse.join(training_arguments(spec, max_steps))  # before the model: ZeRO-3 partitions while loading
     transformers.set_seed(spec.seed)
-    model, loss_way = _load_model(spec, speaks=arguments.process_index == 0)
+    model, loss_way, takes_borders = _load_model(spec, speaks=arguments.process_index == 0)
     log = RunLog(spec, max_steps, packs=packed.packing != "none")
     trainer = PackedTrainer(
         model,
@@ -109,6 +107,7 @@ def run(spec: Any, heart: Any, ddp_timeout: float) -> int:
     )
     stop = Stopping(trainer)
     trainer.across = across_ranks(config.sequence_parallel_size)
+    trainer.takes_borders = takes_borders
     resume = _newest_checkpoint(spec, arguments)
     log.start(resume, speaks=arguments.process_index == 0)
     if arguments.process_index == 0 and (warmup := arguments.get_warmup_steps(max_steps)):
@@ -124,9 +123,10 @@ def run(spec: Any, heart: Any, ddp_timeout: float) -> int:
     return EXIT_STOPPED if stop.asked and trainer.state.global_step < max_steps else 0
 
 
-def _load_model(spec: Any, speaks: bool) -> tuple[Any, Any]:
-    """The model with what is trained of it, and how its loss is taken. `speaks`: say what was chosen, and why."""
-    from sft_core.train.attention import use_packed_attention
+def _load_model(spec: Any, speaks: bool) -> tuple[Any, Any, bool]:
+    """The model with what is trained of it, how its loss is taken, and whether its attention goes by borders.
+    `speaks`: say what was chosen, and why."""
+    from sft_core.train.attention import BY_BORDERS, use_packed_attention
     from sft_core.train.loss import choose_loss
     from sft_core.train.model import load_trainable
 
@@ -136,7 +136,7 @@ def _load_model(spec: Any, speaks: bool) -> tuple[Any, Any]:
     notes.append(f"note: attention {attention} ({why_attention}), loss {loss_way} ({why_loss})")
     if speaks:
         print("\n".join(notes), flush=True)
-    return model, loss_way
+    return model, loss_way, attention in BY_BORDERS
 
 
 def _newest_checkpoint(spec: Any, arguments: Any) -> Path | None:
@@ -163,6 +163,18 @@ def _begin_at(newest: Path | None, spec: Any) -> str | None:
     return str(resized(newest))
 
 
+def _look_at_device(spec: Any) -> None:
+    """Before DeepSpeed is imported: it is there, and DeepSpeed will not stumble over it."""
+    import torch
+
+    from sft_core.train.gpus import check_cuda
+
+    check_cuda(spec.cuda)
+    _avoid_compiled_ops(torch.cuda.is_available())
+    if spec.config.deepspeed is not None:
+        _avoid_nvml()
+
+
 def _avoid_compiled_ops(cuda: bool) -> None:
     """On CPU, DeepSpeed would compile a shared-memory op at its first start; without it, gloo does the work."""
     if cuda:
@@ -171,6 +183,15 @@ def _avoid_compiled_ops(cuda: bool) -> None:
     import deepspeed.ops
 
     vars(deepspeed.ops)["__compatible_ops__"] = {}
+
+
+def _avoid_nvml() -> None:
+    """Where nvidia-ml-py is installed, DeepSpeed takes every entry of CUDA_VISIBLE_DEVICES for a number, and fails on
+    UUIDs and MIG names. It asks NVML for free memory alone, and torch where there is no NVML."""
+    from deepspeed.accelerator import cuda_accelerator, get_accelerator
+
+    get_accelerator()  # its making looks for NVML
+    vars(cuda_accelerator)["pynvml"] = None
 
 
 def _die_with_parent(spec_path: str) -> None:

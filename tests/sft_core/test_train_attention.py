@@ -1,6 +1,8 @@
 """Packed attention: the masked form's logits and gradients, isolated documents, and no effect where it does not fit."""
 
 import copy
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +11,8 @@ import transformers
 
 from sft_core.pack import Sequence
 from sft_core.pack.collate import collate
-from sft_core.train.attention import NAME, borders, choose_attention, use_packed_attention
+from sft_core.train import attention
+from sft_core.train.attention import NAME, borders, choose_attention, document_ends, use_packed_attention, varlen_kernel
 from sft_core.train.isolation import check_isolation
 from tests.sft_core.architectures import SMALL, VOCABULARY
 
@@ -89,8 +92,9 @@ def test_padded_batches_and_generation_stay_as_they_were() -> None:
 @pytest.mark.parametrize(
     ("kind", "more", "why"),
     [
-        ("mistral", {"sliding_window": 16}, "sliding window of 16"),
-        ("gemma3_text", {}, "layers of kind sliding_attention"),
+        ("llama4_text", {"num_local_experts": 2, "head_dim": 8}, "layers of kind chunked_attention"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "attention in both directions"),
+        ("exaone4", {"sliding_window": 5, "sliding_window_pattern": 2}, "that its configuration does not give it"),
         ("gemma2", {"implementation": "eager"}, "takes no other attention function"),
         ("llama", {"attention_dropout": 0.1}, "attention dropout"),
         ("llama", {"head_dim": 12}, "heads of 12 numbers"),
@@ -105,7 +109,168 @@ def test_what_it_does_not_cover_keeps_its_own_attention(kind: str, more: dict[st
 
 
 def test_literal_borders() -> None:
-    found = borders(torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]]))
-    assert found["cu_seq_lens_q"].tolist() == [0, 3, 5, 6, 10]
-    assert found["cu_seq_lens_q"].dtype == torch.int32
-    assert found["max_length_q"] == found["max_length_k"] == 4
+    ends = document_ends(torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]]))
+    assert ends.tolist() == [0, 3, 5, 6, 10]
+    assert ends.dtype == torch.int32
+    found = borders(ends, 5)
+    assert found["cu_seq_lens_q"] is found["cu_seq_lens_k"] is ends
+    assert found["max_length_q"] == found["max_length_k"] == 5  # of a row: no document is longer
+
+
+WINDOWED: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 5},
+    "phi3": {"sliding_window": 5, "partial_rotary_factor": 1.0},
+    "starcoder2": {"sliding_window": 5},
+    "mixtral": {"sliding_window": 5, "num_local_experts": 4},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen2_moe": {
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "gemma3_text": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    "cohere2": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    "olmo3": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+}
+"""Two layers; documents of more than 5 tokens show the window."""
+
+
+@pytest.mark.parametrize("rows", [[[9, 1, 14]], [[9, 1, 14], [5, 7]]], ids=str)
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_sliding_windows_are_those_of_the_masked_form(kind: str, rows: list[list[int]]) -> None:
+    masked = tiny(kind, **WINDOWED[kind])
+    packed, whole = packed_twin(masked), packed_twin(tiny(kind, **WINDOWED[kind] | {"sliding_window": 100}))
+    whole.load_state_dict(masked.state_dict())
+    batch = rows_of(*rows)
+    expected, found, unwindowed = (model(**batch, use_cache=False) for model in (masked, packed, whole))
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    assert (unwindowed.logits - expected.logits).abs().max() > 1e-3  # the window is at stake here
+    expected.loss.backward()
+    found.loss.backward()
+    for (name, one), (_, other) in zip(masked.named_parameters(), packed.named_parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["mistral", "gemma3_text"])
+def test_windows_hold_without_borders_and_with_a_cache(kind: str) -> None:
+    masked = tiny(kind, **WINDOWED[kind]).eval()
+    packed = packed_twin(masked)
+    ids = rows_of([12], [12])["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0  # padded on the left, as for generation
+    for inputs in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": mask}):
+        expected, found = (model(**inputs).logits for model in (masked, packed))
+        torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-5)
+        texts = [model.generate(**inputs, max_new_tokens=8, do_sample=False) for model in (masked, packed)]
+        assert torch.equal(*texts)
+
+
+def reference(query: Any, key: Any, value: Any, ends: Any, scale: float, left: int) -> torch.Tensor:
+    """What FlashAttention's kernel computes: grouped heads, causal, `left` tokens behind at most (-1: all)."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(repeats, 1) for states in (key, value))
+    outputs = []
+    for start, end in zip(ends.tolist(), ends.tolist()[1:], strict=False):
+        scores = torch.einsum("qhd,khd->hqk", query[start:end], key[start:end]) * scale
+        behind = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        seen = (behind >= 0) & ((behind <= left) if left >= 0 else torch.tensor(True))
+        outputs.append(
+            torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), value[start:end])
+        )
+    return torch.cat(outputs)
+
+
+def of_torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):  # noqa: PLR0913
+    raise AssertionError("never to be called: it knows neither windows nor a scale")
+
+
+def of_torch_2_11(  # noqa: PLR0913
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+):
+    assert window_size[1] == 0, "causal"
+    return reference(query, key, value, cu_seq_q, scale, window_size[0])
+
+
+def of_torch_2_13(  # noqa: PLR0913
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+    enable_gqa=False,
+    seqused_k=None,
+    block_table=None,
+    num_splits=None,
+):
+    assert enable_gqa == (query.shape[1] != key.shape[1]), "else it raises"
+    return of_torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]]:
+    """Put a `varlen_attn` in the place of torch's, on a machine that seems to have an H100."""
+
+    def put(function: Any) -> None:
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", function)
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+        varlen_kernel.cache_clear()
+
+    yield put
+    varlen_kernel.cache_clear()
+
+
+@pytest.mark.parametrize("version", [of_torch_2_11, of_torch_2_13])
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_kernel_gets_what_the_installed_torch_takes(version: Any, window: int | None, install: Any) -> None:
+    install(version)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(9, heads, 8, generator=generator) for heads in (4, 2, 2))
+    ends = torch.tensor([0, 4, 9], dtype=torch.int32)
+    module = tiny("llama").model.layers[0].self_attn  # 4 heads of queries, 2 of keys
+    found = attention._varlen(module, [query, key, value], (ends, 9), window, 0.3)
+    expected = attention._by_document(module, [query, key, value], ends, window, 0.3)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("version", "chosen", "why"),
+    [
+        (of_torch_2_10, "sdpa", "its torch.nn.attention.varlen takes no scale and no window_size"),
+        (of_torch_2_11, NAME, "torch.nn.attention.varlen"),
+        (of_torch_2_13, NAME, "torch.nn.attention.varlen"),
+    ],
+)
+def test_a_torch_without_windows_keeps_sdpa_and_says_why(version: Any, chosen: str, why: str, install: Any) -> None:
+    install(version)
+    model = tiny("llama").bfloat16()
+    model.config.dtype = torch.bfloat16
+    model.get_input_embeddings().weight.ds_id = 0  # as under ZeRO-3, which keeps weights elsewhere
+    found, reason = choose_attention(model)
+    assert found == chosen
+    assert why in reason
+
+
+def test_the_installed_torch_has_what_is_asked_of_it() -> None:
+    import inspect
+
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+
+
+def test_a_layers_window_is_its_configurations() -> None:
+    config = SimpleNamespace(sliding_window=7, layer_types=["sliding_attention", "full_attention"])
+    assert attention.window_of(SimpleNamespace(config=config, layer_idx=0)) == 7
+    assert attention.window_of(SimpleNamespace(config=config, layer_idx=1)) is None
+    assert attention.window_of(SimpleNamespace(config=SimpleNamespace(sliding_window=7), layer_idx=1)) == 7
+    assert attention.window_of(SimpleNamespace(config=SimpleNamespace())) is None

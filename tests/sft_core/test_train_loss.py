@@ -16,6 +16,8 @@ from sft_core.pack import IGNORE_INDEX as NO
 from sft_core.pack import Sequence
 from sft_core.pack.collate import collate
 from sft_core.train import loss as loss_module
+from sft_core.train.attention import borders, use_packed_attention
+from sft_core.train.batches import NumberedCollator
 from sft_core.train.loss import LossWay, causal_lm, choose_loss, supervised_loss
 from tests.sft_core.architectures import SMALL, VOCABULARY
 
@@ -91,9 +93,18 @@ def test_the_head_sees_supervised_rows_only(way: LossWay, monkeypatch: pytest.Mo
     model.requires_grad_(False)
     seen: list[int] = []
     apply_head = model.lm_head.forward
-    monkeypatch.setattr(model.lm_head, "forward", lambda hidden: (seen.append(len(hidden)), apply_head(hidden))[1])
-    supervised_loss(model, batch(), None, way)
-    assert seen == ([20] if way == "selected" else [7, 7, 6])
+
+    def counting(hidden: torch.Tensor) -> Any:
+        seen.append(hidden.shape[:-1].numel())
+        return apply_head(hidden)
+
+    monkeypatch.setattr(model.lm_head, "forward", counting)
+    supervised_loss(model, batch(), None, way)  # rows of 15 and 5 supervised tokens: the second filled up to 15
+    assert seen == ([30] if way == "selected" else [7, 7, 7, 7, 2])
+    one_row = {name: value[:1] for name, value in batch().items()}
+    seen.clear()
+    supervised_loss(model, one_row, None, way)
+    assert seen == ([15] if way == "selected" else [7, 7, 1])
 
 
 @pytest.mark.parametrize("way", ["selected", "chunked"])
@@ -105,6 +116,28 @@ def test_a_batch_of_padding_gives_zero_and_zero_gradients(way: LossWay) -> None:
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
     assert gradients
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("way", ["selected", "chunked"])
+def test_what_is_counted_on_the_cpu_is_asked_of_no_device(way: LossWay, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors on the device `meta` have no numbers: whatever would wait for one fails."""
+    monkeypatch.setattr(
+        "sft_core.train.attention._by_document", lambda module, states, *_: states[0]
+    )  # a kernel's place
+    model = tiny("llama")
+    use_packed_attention(model)
+    model.requires_grad_(False)
+    model.get_input_embeddings().weight.requires_grad_()
+    model.to("meta")
+    plain = NumberedCollator(0)([(0, [sequence_of(17, 6, 1), sequence_of(9, 5, 2)]), (1, [sequence_of(12, 7, 3)])])
+    assert [plain.pop(name) for name in ("row_numbers", "row_tokens", "supervised_tokens")] == [[0, 1], [26, 12], 20]
+    plain |= borders(plain.pop("document_ends"), 26)
+    moved = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in plain.items()}
+    supervised_loss(model, moved, torch.tensor(20, device="meta"), way).backward()
+    assert model.get_input_embeddings().weight.grad.shape == (VOCABULARY, 32)
+    for counted in ("supervised_positions", "cu_seq_lens_q"):
+        with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+            supervised_loss(model, {k: v for k, v in moved.items() if k != counted}, torch.tensor(20), way)
 
 
 @pytest.mark.parametrize("fails", [False, True])
