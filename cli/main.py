@@ -11,6 +11,7 @@ from cli.deploy import deploy
 from cli.environment import DEBUG, debugging, quiet_libraries, set_defaults
 from sft_core.disk_faults import disk_fault
 from sft_core.errors import SftError
+from sft_core.memory_faults import ADVICE, memory_fault
 from sft_core.panics import panics_told
 from sft_core.terminal import guard, safe_error, say
 
@@ -52,6 +53,8 @@ def main() -> None:
             app()
     except Exception as error:
         words = str(error) if isinstance(error, SftError) else disk_fault(error)
+        if words is None and (full := memory_fault(error)) is not None:
+            words = f"{full}; {ADVICE}"
         if debugging() or words is None:
             raise
         say(f"error: {safe_error(words)}", to_stderr=True)

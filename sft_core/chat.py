@@ -7,10 +7,14 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+from sft_core.devices import placement
 from sft_core.errors import ModelError, RowError
+from sft_core.memory_faults import naming_memory_faults
 from sft_core.pack import load_chat_template
 from sft_core.pack.renders import AS_STORED, Form, Renders, forms_of, in_form, plain_message
 from sft_core.pack.texts import text_of_content
+
+SHORTER = "forget the talk (/reset), or lower --max-new-tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,8 @@ class ChatModel:
                 yield from streamer
             finally:
                 enough.set()
-        done.result()
+        with naming_memory_faults(f"an answer to {encoded['input_ids'].shape[1]} tokens", SHORTER):
+            done.result()
 
     def _form(self, chat: list[dict[str, Any]]) -> Form:
         """In which form the template shows what the user says, as training found it; as stored if in none."""
@@ -73,8 +78,7 @@ class ChatModel:
 
 def load_chat_model(folder: Path, adapter: Path | None, chat_template: str | None) -> ChatModel:
     """Load from folders. The adapter's tokenizer is preferred: it carries the template of training."""
-    import torch  # slow to import
-    import transformers
+    import transformers  # slow to import
 
     for path in filter(None, (folder, adapter)):
         if not path.is_dir():
@@ -90,10 +94,9 @@ def load_chat_model(folder: Path, adapter: Path | None, chat_template: str | Non
     if chat_template is None and not tokenizer.chat_template:
         raise ModelError(f"{with_tokenizer}: its tokenizer has no chat template; name one with --chat-template")
     template = load_chat_template(chat_template, tokenizer)
-    network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **placement())
     if adapter is not None:
         from peft import PeftModel
 
         network = PeftModel.from_pretrained(network, adapter)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return ChatModel(network.to(device).eval(), tokenizer, template)
+    return ChatModel(network.eval(), tokenizer, template)

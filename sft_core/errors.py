@@ -6,6 +6,7 @@ SftError
  +-- DataError        rows, turns or labels are not fit to train on
  |    +-- RowError    one row cannot be read; carries the reason that the quarantine counts
  +-- DiskError        a disk is full or read-only, a right is missing, a name is too long
+ +-- MemoryFault      a GPU's or the machine's memory ran out
  +-- PlanError        something is no longer as it was planned
  +-- StoreError       an artifact is missing, torn or altered
  +-- TrainError       the training process failed
@@ -48,6 +49,10 @@ class RowError(DataError):
 
 class DiskError(SftError):
     """A disk is full or read-only, a right is missing, a name is too long."""
+
+
+class MemoryFault(SftError):
+    """A GPU's or the machine's memory ran out."""
 
 
 class PlanError(SftError):

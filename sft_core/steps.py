@@ -22,6 +22,7 @@ from sft_core.errors import PlanError, StoreError
 from sft_core.evaluate import EvaluatedModel, evaluate_model
 from sft_core.fetch import fetch_dataset
 from sft_core.lease import Lease
+from sft_core.memory_faults import naming_memory_faults
 from sft_core.merge import MergeOptions, merge_adapter
 from sft_core.normalize import NormalizeSource, normalize_dataset
 from sft_core.normalize.limits import check_lost as check_normalized
@@ -107,7 +108,7 @@ class Retraining:
 @credentials_hidden()
 def run_step(run: Retraining, key: str) -> Built:
     """Reuse or build the artifact of `key`. What it reads must be in the store."""
-    with naming_disk_faults(key, f"in {run.store.url} or TMPDIR"):
+    with naming_disk_faults(key, f"in {run.store.url} or TMPDIR"), naming_memory_faults(key):
         return _run_step(run, key)
 
 

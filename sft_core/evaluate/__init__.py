@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_core.artifacts import Outcome
+from sft_core.devices import placement
 from sft_core.errors import ModelError
 from sft_core.evaluate.answers import behind_thought, rouge_l, scorer_source
 from sft_core.evaluate.calls import CallScore, score_calls
@@ -17,6 +18,7 @@ from sft_core.evaluate.harness import harness_parts, run_harness
 from sft_core.evaluate.report import EvaluationReport, Identity, Score, read_report, write_report
 from sft_core.evaluate.scorer import open_scorer
 from sft_core.fingerprint import hash_value
+from sft_core.memory_faults import release_memory
 from sft_core.recipe import EvaluateConfig
 
 __all__ = [
@@ -31,7 +33,7 @@ __all__ = [
     "scorer_source",
 ]
 
-STEP_VERSION = 6
+STEP_VERSION = 7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,19 +72,19 @@ def _evaluate(
     scores = _teacher_forced(network, examples, config.batch_size)
     scores = _with_answers((network, tokenizer, template), examples, scores, config, (seed, scorer))
     del network
+    release_memory()  # the harness loads the model itself
     harness = run_harness(model.folder, config, trust_remote_code=model.trust_remote_code)
     summary = write_report(EvaluationReport(tuple(scores), identity, harness), out)
     return Outcome(ledger={"rows": ledger}, facts=summary)
 
 
 def _load(model: EvaluatedModel) -> Any:
-    import torch
     import transformers
 
     network = transformers.AutoModelForCausalLM.from_pretrained(
-        model.folder, dtype="auto", trust_remote_code=model.trust_remote_code
+        model.folder, dtype="auto", trust_remote_code=model.trust_remote_code, **placement()
     )
-    return network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return network.eval()
 
 
 def _teacher_forced(network: Any, examples: list[Any], batch_size: int) -> list[Score]:

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 
 from sft_core.errors import DataError
+from sft_core.memory_faults import by_halves, naming_memory_faults
 from sft_core.pack.stops import stops_of
+
+LOWER = "lower evaluate.max_new_tokens, or set evaluate.max_generated_rows to 0"
 
 BATCH_SECONDS = 4 * 3600.0
 """For the answers of one batch; `evaluate.max_new_tokens` bounds them in tokens."""
@@ -36,7 +39,8 @@ def generate_answers(
 ) -> list[Answer]:
     """One answer a prompt, in order, from (network, tokenizer); it ends at any of `stop_ids`.
 
-    `options`: `max_new_tokens`, `batch_size`. DataError if a batch takes over BATCH_SECONDS.
+    `options`: `max_new_tokens`, `batch_size`; a batch is halved where memory runs out. DataError if one takes over
+    BATCH_SECONDS, MemoryFault if memory does not suffice for one prompt.
     """
     network, tokenizer = model
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -44,7 +48,11 @@ def generate_answers(
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
     for start in range(0, len(order), options["batch_size"]):
         indices = order[start : start + options["batch_size"]]
-        new_ids = _generate_batch(network, [prompts[i] for i in indices], options["max_new_tokens"], (pad_id, stop_ids))
+        with naming_memory_faults(f"an answer to a prompt of {len(prompts[indices[-1]])} tokens", LOWER):
+            new_ids = by_halves(
+                lambda some: _generate_batch(network, list(some), options["max_new_tokens"], (pad_id, stop_ids)),
+                [prompts[i] for i in indices],
+            )
         for i, (ids, ended) in zip(indices, new_ids, strict=True):
             answers[i] = Answer(str(tokenizer.decode(ids, skip_special_tokens=True)).strip(), ended)
     return [answers[i] for i in range(len(prompts))]

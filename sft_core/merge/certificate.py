@@ -5,17 +5,19 @@ KL(trained || candidate) and the difference of the losses in nats a token, and h
 token. Small: 64 conversations at most, chosen by the seed.
 """
 
-import gc
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.functional import log_softmax
 
+from sft_core.devices import placement
 from sft_core.errors import ModelError, RowError, SourceError
+from sft_core.memory_faults import release_memory
 from sft_core.merge import MergeOptions
 from sft_core.merge.adapter import Adapter
 from sft_core.pack import IGNORE_INDEX, Sequence, encode_conversation, tools_of
@@ -78,10 +80,10 @@ def compare_candidates(
     base: Path, adapter: Adapter, candidates: Mapping[str, Path], sequences: list[Sequence], options: MergeOptions
 ) -> dict[str, Any]:
     """The certificate, with `chosen`: the candidate of the smallest divergence (the first, if they tie)."""
-    trained = _logits(_load_trained(base, adapter, options), sequences)
+    trained = _logits(lambda: _load_trained(base, adapter, options), sequences)
     figures = {}
     for name, folder in candidates.items():
-        logits = _logits(_load(folder, options), sequences)
+        logits = _logits(partial(_load, folder, options), sequences)
         figures[name] = _distance(trained, logits, sequences)
         del logits
     chosen = min(figures, key=lambda name: figures[name]["kl"])
@@ -107,8 +109,8 @@ def _load(folder: Path, options: MergeOptions, **extra: Any) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=getattr(torch, options.compute_dtype),
-        device_map={"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
         trust_remote_code=options.trust_remote_code,
+        **{"device_map": {"": "cpu"}} | placement(),
         **extra,
     )
     return model.eval()
@@ -147,26 +149,33 @@ def _resized(model: Any, adapter: Adapter) -> Any:
     return model
 
 
-@torch.inference_mode()
-def _logits(model: Any, sequences: list[Sequence]) -> list[torch.Tensor]:
-    """For each sequence the logits that predict its supervised tokens, on CPU: (supervised, vocabulary)."""
+def _logits(load: Callable[[], Any], sequences: list[Sequence]) -> list[torch.Tensor]:
+    """For each sequence the logits that predict its supervised tokens, on CPU: (supervised, vocabulary). The model is
+    loaded here and gone afterwards: two of them may not fit a GPU."""
+    try:
+        return _logits_of(load(), sequences)
+    finally:
+        release_memory()
+
+
+def _logits_of(model: Any, sequences: list[Sequence]) -> list[torch.Tensor]:
+    with torch.inference_mode():  # as a decorator it would hold on to the model
+        return [logits for batch in _batches(sequences) for logits in _logits_of_batch(model, batch)]
+
+
+def _logits_of_batch(model: Any, batch: list[Sequence]) -> list[torch.Tensor]:
+    length = max(len(sequence.input_ids) for sequence in batch)
+    ids = torch.zeros((len(batch), length), dtype=torch.long)  # (batch, length), padded on the right
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(batch):
+        ids[row, : len(sequence.input_ids)] = torch.tensor(sequence.input_ids)
+        mask[row, : len(sequence.input_ids)] = 1
+    device = model.device
+    logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
     collected = []
-    for batch in _batches(sequences):
-        length = max(len(sequence.input_ids) for sequence in batch)
-        ids = torch.zeros((len(batch), length), dtype=torch.long)  # (batch, length), padded on the right
-        mask = torch.zeros_like(ids)
-        for row, sequence in enumerate(batch):
-            ids[row, : len(sequence.input_ids)] = torch.tensor(sequence.input_ids)
-            mask[row, : len(sequence.input_ids)] = 1
-        device = model.device
-        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-        for row, sequence in enumerate(batch):
-            predicts = torch.tensor(sequence.labels[1:]) != IGNORE_INDEX
-            collected.append(logits[row, : len(predicts)][predicts.to(device)].cpu())
-    del model
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    for row, sequence in enumerate(batch):
+        predicts = torch.tensor(sequence.labels[1:]) != IGNORE_INDEX
+        collected.append(logits[row, : len(predicts)][predicts.to(device)].cpu())
     return collected
 
 

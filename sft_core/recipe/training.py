@@ -88,6 +88,8 @@ class TrainConfig(Section):
     """Strength of the noise on embeddings in training (NEFTune: 5 to 15); its length is that of the packed row."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, a third more work."""
+    deterministic: bool = False
+    """Whether a GPU too has to give the same bits each time: slower, in attention's backward pass above all."""
     save_steps: Positive = 500
     """Optimizer steps between checkpoints."""
     save_total_limit: Positive = 2

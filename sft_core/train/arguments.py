@@ -1,13 +1,14 @@
 """The recipe's `train` section as transformers' TrainingArguments."""
 
 import math
+import os
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
 from sft_core.train.spec import TrainSpec
-from sft_core.train.zero import deepspeed_config
+from sft_core.train.zero import PRESETS, deepspeed_config
 
 
 def training_arguments(spec: TrainSpec, max_steps: int) -> TrainingArguments:
@@ -28,7 +29,7 @@ def training_arguments(spec: TrainSpec, max_steps: int) -> TrainingArguments:
         adam_beta2=config.adam_beta2,
         adam_epsilon=config.adam_epsilon,
         max_grad_norm=config.max_grad_norm,
-        optim="adamw_torch",
+        optim="adamw_torch_fused",  # one pass over weights, gradients and both moments
         bf16=config.dtype == "bfloat16",
         fp16=config.dtype == "float16",
         neftune_noise_alpha=config.neftune_noise_alpha,
@@ -54,10 +55,13 @@ def training_arguments(spec: TrainSpec, max_steps: int) -> TrainingArguments:
 
 
 def _deepspeed(spec: TrainSpec, cuda: bool) -> dict[str, Any] | None:
-    """The recipe's, told which form of checkpoint to begin from. Pinned memory is a GPU's."""
+    """The recipe's, told which form of checkpoint to begin from. Pinned memory is a GPU's; one rank has nothing to send
+    while it computes, and would hold a second buffer for it."""
     config = deepspeed_config(spec.config)
     if config is None:
         return None
+    if spec.config.deepspeed in PRESETS and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        config["zero_optimization"]["overlap_comm"] = False
     if spec.resize:
         config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
     for section in config.get("zero_optimization", {}).values() if not cuda else ():

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from sft_core.errors import RecipeError
@@ -26,6 +27,8 @@ LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 29500
 SLURM_PORTS = range(20000, 30000)
 SIOCGIFADDR = 0x8915
+ALLOCATOR_KEYS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""torch's settings of a GPU's memory; the second is the name before torch 2.9, and deprecated since."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +80,8 @@ def training_environment(
     child["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(int(launch.ddp_timeout))  # ranks that were asked to stop are saving
     here = launch.local_world_size if launch.launcher == "slurm" else num_processes // launch.nnodes
     child.setdefault("OMP_NUM_THREADS", str(max(1, ((os.cpu_count() or 1) - 1) // here)))  # one core for us
+    if not any(name in child for name in ALLOCATOR_KEYS):
+        child[ALLOCATOR_KEYS[release_of("torch") < (2, 9)]] = "expandable_segments:True"  # rows differ in length
     child["PYTHONSAFEPATH"] = "1"  # `-m` would put the current folder first, where a user's datasets.py may lie
     child["PYTHONPATH"] = os.pathsep.join([str(ROOT), *elsewhere(child.get("PYTHONPATH", ""))])
     interface = interface_towards(launch.addr) if launch.nnodes > 1 else None
@@ -92,6 +97,12 @@ def training_environment(
             MASTER_PORT=str(launch.port or free_port()),
         )
     return child
+
+
+def release_of(package: str) -> tuple[int, int]:
+    """The first two numbers of an installed package's version."""
+    major, minor, *_ = version(package).split(".")
+    return int(major), int(minor)
 
 
 def elsewhere(places: str) -> list[str]:

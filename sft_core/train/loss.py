@@ -91,16 +91,19 @@ def with_targets(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**batch, TARGETS: targets, POSITIONS: positions}
 
 
-def choose_loss(model: Any) -> tuple[LossWay, str]:
-    """The quickest way that gives `model`'s own loss, tried out on a few tokens, and why, in words for the log."""
+def choose_loss(model: Any, gathers: bool = False) -> tuple[LossWay, str]:
+    """The quickest way that gives `model`'s own loss, tried out on a few tokens, and why, in words for the log.
+    `gathers`: under ZeRO-3 modules bring their weights together by now; the head's are gone after its forward."""
     inner = causal_lm(model)
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        return "own", "ZeRO-3 holds the weights in parts, so nothing can be tried out"
+    if in_parts(model) and not gathers:
+        return "own", "ZeRO-3 holds the weights in parts: tried out when training begins"
     head = inner.get_output_embeddings()
     vocabulary = inner.config.get_text_config().vocab_size
-    batch = _probe_batch(vocabulary, inner.get_input_embeddings().weight.device)
+    batch = _probe_batch(vocabulary, _device_of(inner))
     if not _gives_own_loss(model, batch, "selected"):
         return "own", f"{type(inner).__name__} computes its loss in a way of its own"
+    if in_parts(model):
+        return "selected", "under ZeRO-3 the head is no longer there when a chunk would need it"
     if vocabulary < CHUNK_FROM_VOCABULARY:
         return "selected", f"a vocabulary of {vocabulary} is small"
     if any(parameter.requires_grad for parameter in head.parameters()):
@@ -108,6 +111,11 @@ def choose_loss(model: Any) -> tuple[LossWay, str]:
     if _caps_logits(inner) or not _gives_own_loss(model, batch, "chunked"):
         return "selected", "the model changes its logits after the head"
     return "chunked", f"a vocabulary of {vocabulary}"
+
+
+def in_parts(model: Any) -> bool:
+    """Whether ZeRO-3 shares its weights among ranks."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def causal_lm(model: Any) -> Any:
@@ -141,6 +149,13 @@ def _weighed(
     if num_items_in_batch is None or auxiliary is None or coefficient is None:
         return loss
     return loss - coefficient * (1 - supervised / num_items_in_batch) * auxiliary.to(loss.device)
+
+
+def _device_of(inner: Any) -> torch.device:
+    """Where inputs go; with parameters offloaded by ZeRO-3, weights lie elsewhere."""
+    weight = inner.get_input_embeddings().weight
+    gpu = hasattr(weight, "ds_id") and torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if gpu else weight.device
 
 
 def _probe_batch(vocabulary: int, device: torch.device) -> dict[str, torch.Tensor]:

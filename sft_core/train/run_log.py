@@ -10,6 +10,8 @@ from transformers import TrainerCallback
 from sft_core.train.best import best_of
 from sft_core.train.checkpoints import counts_of, keep_newest, mark_complete, step_of
 from sft_core.train.isolation import check_isolation
+from sft_core.train.loss import choose_loss, in_parts
+from sft_core.train.machine import check_rotary
 from sft_core.train.metrics import append_metrics, memory_bytes, progress_line, rewind_metrics
 from sft_core.train.spec import SAMPLES, TrainSpec
 
@@ -37,7 +39,13 @@ class RunLog(TrainerCallback):
                 rewind_metrics(path, step_of(resumed_from) if resumed_from else 0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Prove that packed documents do not see each other, on the model as it will be trained."""
+        """Prove that packed documents do not see each other and that positions are exact, on the model as it will be
+        trained; under ZeRO-3 only now a loss can be tried out."""
+        check_rotary(model)
+        if in_parts(model):
+            self.trainer.loss_way, why = choose_loss(model, gathers=True)
+            if state.is_world_process_zero:
+                print(f"note: loss {self.trainer.loss_way} ({why})", flush=True)
         if self._packs:
             check_isolation(model, model.config.get_text_config().vocab_size)
         self._clock = self._began = time.monotonic()

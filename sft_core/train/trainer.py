@@ -19,6 +19,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 from sft_core.errors import TrainError
+from sft_core.memory_faults import memory_fault
 from sft_core.pack import IGNORE_INDEX
 from sft_core.train.attention import borders
 from sft_core.train.batches import DOCUMENT_ENDS, ROW_NUMBERS, ROW_TOKENS, SUPERVISED, NumberedCollator, NumberedRows
@@ -128,8 +129,8 @@ class PackedTrainer(Trainer):
         return norm
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """The Trainer's, with one clear error where the disk is full; what was half written is deleted. A lost rank is
-        no matter of the disk: its error goes on as it is."""
+        """The Trainer's, with one clear error where the disk is full; what was half written is deleted. A lost rank and
+        a lack of memory are no matter of the disk: their errors go on as they are."""
         output = Path(self.args.output_dir)
         folder = output / f"checkpoint-{self.state.global_step}"
         try:
@@ -137,7 +138,7 @@ class PackedTrainer(Trainer):
             if self.is_world_process_zero() and (output / INITIAL).exists():
                 shutil.copyfile(output / INITIAL, folder / INITIAL)
         except (OSError, RuntimeError, SafetensorError) as error:
-            if waited_in_vain(error):
+            if waited_in_vain(error) or memory_fault(error) is not None:
                 raise
             why = str(error.__cause__ or error).partition("\n")[0]
             shutil.rmtree(folder, ignore_errors=True)

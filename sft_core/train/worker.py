@@ -34,6 +34,7 @@ def main(spec_path: str, ddp_timeout: float) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which asks for a stop
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from sft_core.errors import SftError  # after the environment is set
+    from sft_core.memory_faults import ADVICE, memory_fault
     from sft_core.quiet import quiet_libraries
     from sft_core.train.launcher import end_without, launcher_of
     from sft_core.train.ranks import RANKS, Heart, waited_in_vain
@@ -59,8 +60,11 @@ def main(spec_path: str, ddp_timeout: float) -> int:
         message = f"{error}; make room there, and the same command goes on from the newest checkpoint"
         print(FAULT + json.dumps(message), flush=True)
         return 1
-    except RuntimeError as error:
-        if os.environ.get("WORLD_SIZE", "1") == "1" or not waited_in_vain(error):
+    except (RuntimeError, MemoryError) as error:
+        if (words := memory_fault(error)) is not None:
+            print(FAULT + json.dumps(f"{words}; {ADVICE}"), flush=True)
+            return 1
+        if isinstance(error, MemoryError) or os.environ.get("WORLD_SIZE", "1") == "1" or not waited_in_vain(error):
             raise
         why = str(error).partition("\n")[0]
         print(LOST + json.dumps(f"rank {os.environ['RANK']} waited for other ranks in vain ({why})"), flush=True)
@@ -77,6 +81,7 @@ def run(spec: Any, heart: Any, ddp_timeout: float) -> int:
     from sft_core.train.best import stopped_early
     from sft_core.train.checkpoints import step_of
     from sft_core.train.evaluation import open_evaluation
+    from sft_core.train.machine import naming_limits
     from sft_core.train.pulse import Pulse
     from sft_core.train.run_log import RunLog
     from sft_core.train.sequence_parallel import across_ranks
@@ -119,7 +124,8 @@ def run(spec: Any, heart: Any, ddp_timeout: float) -> int:
         trainer.add_callback(open_evaluation(spec, trainer, packed, max_steps))
     trainer.add_callback(stop)
     trainer.add_callback(pulse)  # last: it looks at what the others ask for
-    trainer.train(resume_from_checkpoint=_begin_at(resume, spec))
+    with naming_limits(config, packed.max_length):
+        trainer.train(resume_from_checkpoint=_begin_at(resume, spec))
     return EXIT_STOPPED if stop.asked and trainer.state.global_step < max_steps else 0
 
 
@@ -168,8 +174,11 @@ def _look_at_device(spec: Any) -> None:
     import torch
 
     from sft_core.train.gpus import check_cuda
+    from sft_core.train.machine import be_deterministic
 
     check_cuda(spec.cuda)
+    if spec.config.deterministic:
+        be_deterministic()
     _avoid_compiled_ops(torch.cuda.is_available())
     if spec.config.deepspeed is not None:
         _avoid_nvml()

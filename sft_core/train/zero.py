@@ -2,7 +2,9 @@
 
 In: the section `train`. Out: the JSON that DeepSpeed gets, or RecipeError naming what contradicts the recipe. Values
 marked "auto" are filled from TrainingArguments by transformers. Where the optimizer is offloaded, torch's own AdamW
-runs on the CPU: DeepSpeedCPUAdam would have to be compiled there.
+runs on the CPU: DeepSpeedCPUAdam would have to be compiled there. Gradients of micro-batches are added up in float32:
+in bf16, a sum of 16 is 0.4% off. (ZeRO-1 adds in the compute dtype: with float32 DeepSpeed takes another optimizer for
+it, whose checkpoints are of another form.)
 """
 
 import copy
@@ -14,8 +16,11 @@ from sft_core.errors import RecipeError
 from sft_core.recipe import TrainConfig
 
 OFFLOAD = {"device": "cpu", "pin_memory": True}
-ZERO2 = {"stage": 2, "overlap_comm": True}
-ZERO3 = {"stage": 3, "overlap_comm": True, "stage3_gather_16bit_weights_on_model_save": True}
+BUCKET = {"reduce_bucket_size": "auto"}
+"""Elements that ranks send at a time: the square of the hidden size, 34 MB in bf16 for 4096. DeepSpeed's own is 1 GB,
+twice that where it overlaps, taken at every backward pass for the 84 MB of an 8B model's adapter."""
+ZERO2 = {"stage": 2, "overlap_comm": True, **BUCKET}
+ZERO3 = {"stage": 3, "overlap_comm": True, **BUCKET, "stage3_gather_16bit_weights_on_model_save": True}
 PRESETS: dict[str, dict[str, Any]] = {
     "zero1": {"stage": 1},
     "zero2": ZERO2,
@@ -33,8 +38,11 @@ def deepspeed_config(train: TrainConfig) -> dict[str, Any] | None:
         config = _read_json(train.deepspeed)
         _check_against_recipe(config, train)
         return config
+    preset = copy.deepcopy(PRESETS[train.deepspeed])
     return {
-        "zero_optimization": copy.deepcopy(PRESETS[train.deepspeed]),
+        "zero_optimization": preset,
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if preset["stage"] > 1 else {}),
+        "timers": {"throughput": {"enabled": False}},  # waits for the GPU at every forward, for a figure nobody reads
         "bf16": {"enabled": train.dtype == "bfloat16"},
         "fp16": {"enabled": train.dtype == "float16", "initial_scale_power": 16},
         "zero_allow_untested_optimizer": True,
