@@ -88,8 +88,6 @@ class TrainConfig(Section):
     """Strength of the noise on embeddings in training (NEFTune: 5 to 15); its length is that of the packed row."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, a third more work."""
-    deterministic: bool = False
-    """Whether a GPU too has to give the same bits each time: slower, in attention's backward pass above all."""
     save_steps: Positive = 500
     """Optimizer steps between checkpoints."""
     save_total_limit: Positive = 2
@@ -108,6 +106,8 @@ class TrainConfig(Section):
     """Tokens of such an answer at most."""
     sequence_parallel_size: Positive = 1
     """Ranks that share each packed row (Ulysses), for rows too long for one GPU; divides the ranks and the heads."""
+    deterministic: bool = False
+    """Whether a GPU too has to give the same bits each time: slower, in attention's backward pass above all."""
     num_processes: Positive | None = None
     """Ranks on this machine; null for one a GPU, or one on CPU."""
 

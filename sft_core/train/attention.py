@@ -61,6 +61,11 @@ def use_packed_attention(model: Any, sequence_parallel_size: int = 1) -> tuple[s
     return chosen, reason
 
 
+def goes_by_borders(model: Any) -> bool:
+    """Whether the attention that `model` is set to knows documents by `borders`."""
+    return causal_lm(model).config._attn_implementation in BY_BORDERS
+
+
 def choose_attention(model: Any, shared: bool = False) -> tuple[str, str]:
     """An attention implementation for packed rows of this model on its device, and why. `shared`: for `NAME` only."""
     inner = causal_lm(model)
@@ -153,7 +158,12 @@ def document_ends(position_ids: torch.Tensor) -> torch.Tensor:
     return torch.cat([starts, torch.tensor([flat.numel()], dtype=torch.int32, device=flat.device)])
 
 
-def borders(ends: torch.Tensor, length: int) -> dict[str, Any]:
+def borders(position_ids: torch.Tensor) -> dict[str, Any]:
+    """`borders_at` for `position_ids` (batch, length), which begin anew in each row."""
+    return borders_at(document_ends(position_ids), position_ids.shape[1])
+
+
+def borders_at(ends: torch.Tensor, length: int) -> dict[str, Any]:
     """Keyword arguments of variable-length attention. `ends` as of `document_ends`; `length` of a row: no document is
     longer. Kernels size their grid by it; the longest document itself would have to be waited for."""
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": length, "max_length_k": length}
@@ -173,7 +183,7 @@ def _add_borders(
         inputs = next(kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None)
         positions = positions.expand(inputs.shape[:2])
         positions = across.whole(positions) if across and decoder.training else positions
-        kwargs = kwargs | borders(document_ends(positions), positions.shape[1])
+        kwargs = kwargs | borders(positions)
     return args, (kwargs | {"attention_mask": torch.zeros(1, 1, 1, 1)} if unmasked else kwargs)
 
 

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainingArguments
 from sft_core.errors import TrainError
 from sft_core.memory_faults import memory_fault
 from sft_core.pack import IGNORE_INDEX
-from sft_core.train.attention import borders
+from sft_core.train.attention import borders_at, goes_by_borders
 from sft_core.train.batches import DOCUMENT_ENDS, ROW_NUMBERS, ROW_TOKENS, SUPERVISED, NumberedCollator, NumberedRows
 from sft_core.train.checkpoints import Counts
 from sft_core.train.initial import INITIAL
@@ -39,8 +39,6 @@ class PackedTrainer(Trainer):
     """By the supervised tokens of the whole optimizer step."""
     across: AcrossRanks | None = None
     """The ranks with which this one shares rows."""
-    takes_borders = False
-    """Whether the model's attention knows documents by their borders."""
 
     def __init__(
         self, model: Any, args: TrainingArguments, stream: PackedStream, watch: StepWatch, log: Any, loss_way: LossWay
@@ -56,6 +54,7 @@ class PackedTrainer(Trainer):
         self.loss_way = loss_way
         self.eval_loss: float | None = None  # of the optimizer step at hand, for its log entry
         self._watch, self._pad_token_id = watch, stream.pad_token_id
+        self._by_borders = goes_by_borders(model)
         log.trainer = self
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -97,8 +96,8 @@ class PackedTrainer(Trainer):
         if self.across is not None:
             inputs = self.across.part(inputs, self._pad_token_id)
             supervised = (inputs["shift_labels"] != IGNORE_INDEX).sum()
-        elif self.takes_borders:
-            inputs |= borders(ends, inputs["input_ids"].shape[1])
+        elif self._by_borders:
+            inputs |= borders_at(ends, inputs["input_ids"].shape[1])
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         self._watch.add(loss, supervised, rows)
         return loss

@@ -64,7 +64,7 @@ def main(spec_path: str, ddp_timeout: float) -> int:
         if (words := memory_fault(error)) is not None:
             print(FAULT + json.dumps(f"{words}; {ADVICE}"), flush=True)
             return 1
-        if isinstance(error, MemoryError) or os.environ.get("WORLD_SIZE", "1") == "1" or not waited_in_vain(error):
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not waited_in_vain(error):
             raise
         why = str(error).partition("\n")[0]
         print(LOST + json.dumps(f"rank {os.environ['RANK']} waited for other ranks in vain ({why})"), flush=True)
@@ -100,7 +100,7 @@ def run(spec: Any, heart: Any, ddp_timeout: float) -> int:
     max_steps = config.max_steps or math.ceil(stream.rows / (rows * config.gradient_accumulation_steps))
     arguments = pulse.join(training_arguments(spec, max_steps))  # before the model: ZeRO-3 partitions while loading
     transformers.set_seed(spec.seed)
-    model, loss_way, takes_borders = _load_model(spec, speaks=arguments.process_index == 0)
+    model, loss_way = _load_model(spec, speaks=arguments.process_index == 0)
     log = RunLog(spec, max_steps, packs=packed.packing != "none")
     trainer = PackedTrainer(
         model,
@@ -112,7 +112,6 @@ def run(spec: Any, heart: Any, ddp_timeout: float) -> int:
     )
     stop = Stopping(trainer)
     trainer.across = across_ranks(config.sequence_parallel_size)
-    trainer.takes_borders = takes_borders
     resume = _newest_checkpoint(spec, arguments)
     log.start(resume, speaks=arguments.process_index == 0)
     if arguments.process_index == 0 and (warmup := arguments.get_warmup_steps(max_steps)):
@@ -129,10 +128,9 @@ def run(spec: Any, heart: Any, ddp_timeout: float) -> int:
     return EXIT_STOPPED if stop.asked and trainer.state.global_step < max_steps else 0
 
 
-def _load_model(spec: Any, speaks: bool) -> tuple[Any, Any, bool]:
-    """The model with what is trained of it, how its loss is taken, and whether its attention goes by borders.
-    `speaks`: say what was chosen, and why."""
-    from sft_core.train.attention import BY_BORDERS, use_packed_attention
+def _load_model(spec: Any, speaks: bool) -> tuple[Any, Any]:
+    """The model with what is trained of it, and how its loss is taken. `speaks`: say what was chosen, and why."""
+    from sft_core.train.attention import use_packed_attention
     from sft_core.train.loss import choose_loss
     from sft_core.train.model import load_trainable
 
@@ -142,7 +140,7 @@ def _load_model(spec: Any, speaks: bool) -> tuple[Any, Any, bool]:
     notes.append(f"note: attention {attention} ({why_attention}), loss {loss_way} ({why_loss})")
     if speaks:
         print("\n".join(notes), flush=True)
-    return model, loss_way, attention in BY_BORDERS
+    return model, loss_way
 
 
 def _newest_checkpoint(spec: Any, arguments: Any) -> Path | None:

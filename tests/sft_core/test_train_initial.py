@@ -18,6 +18,7 @@ from sft_core.convert import ConvertOptions, convert_checkpoint
 from sft_core.errors import ModelError, RecipeError, TrainError
 from sft_core.merge import MergeOptions, merge_adapter
 from sft_core.recipe import TrainConfig
+from sft_core.train import initial
 from sft_core.train.checkpoints import Counts, mark_complete
 from sft_core.train.initial import INITIAL
 from sft_core.train.model import load_trainable
@@ -82,6 +83,27 @@ def test_loftq_takes_back_what_rounding_lost_whatever_the_scale(scale: dict[str,
         least = torch.linalg.vector_norm(torch.linalg.svdvals((whole - rounded).double())[4:])
         left = (whole - rounded - module.get_delta_weight("default")).detach().double()
         assert float(torch.linalg.vector_norm(left)) == pytest.approx(float(least), rel=1e-4)
+
+
+def test_loftqs_result_is_kept_until_a_checkpoint_has_it(
+    packed: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    first = load(tiny_model, "loftq", work).state_dict()
+    svd = initial.largest_part
+    monkeypatch.setattr(initial, "largest_part", lambda *_: pytest.fail("made once more"))
+    again = load(tiny_model, "loftq", work).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in first.items() if "lora_" in name)
+    assert float(first["base_model.model.model.layers.0.mlp.up_proj.lora_B.default.weight"].abs().max()) > 0
+    monkeypatch.setattr(initial, "largest_part", svd)
+    wanted = section("loftq", deepspeed=None, save_total_limit=9)
+    whole = train_here(packed, tiny_model, tmp_path, wanted)
+    halfway = tmp_path / "resumed" / "work" / "checkpoint-2"
+    shutil.copytree(tmp_path / "work" / "checkpoint-2", halfway)
+    monkeypatch.setattr(initial, "largest_part", lambda *_: pytest.fail("the checkpoint has A and B"))
+    resumed = train_here(packed, tiny_model, tmp_path / "resumed", wanted)
+    assert weights_hash(resumed) == weights_hash(whole)
 
 
 def test_a_later_start_has_the_same_base_to_the_bit(tiny_model: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from sft_core.pack import IGNORE_INDEX as NO
 from sft_core.pack import Sequence
 from sft_core.pack.collate import collate
 from sft_core.train import loss as loss_module
-from sft_core.train.attention import borders, use_packed_attention
+from sft_core.train.attention import borders_at, use_packed_attention
 from sft_core.train.batches import NumberedCollator
 from sft_core.train.loss import LossWay, causal_lm, choose_loss, supervised_loss
 from tests.sft_core.architectures import SMALL, VOCABULARY
@@ -131,7 +131,7 @@ def test_what_is_counted_on_the_cpu_is_asked_of_no_device(way: LossWay, monkeypa
     model.to("meta")
     plain = NumberedCollator(0)([(0, [sequence_of(17, 6, 1), sequence_of(9, 5, 2)]), (1, [sequence_of(12, 7, 3)])])
     assert [plain.pop(name) for name in ("row_numbers", "row_tokens", "supervised_tokens")] == [[0, 1], [26, 12], 20]
-    plain |= borders(plain.pop("document_ends"), 26)
+    plain |= borders_at(plain.pop("document_ends"), 26)
     moved = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in plain.items()}
     supervised_loss(model, moved, torch.tensor(20, device="meta"), way).backward()
     assert model.get_input_embeddings().weight.grad.shape == (VOCABULARY, 32)
