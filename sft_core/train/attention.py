@@ -16,6 +16,7 @@ Sources: FlashAttention's varlen interface; transformers' AttentionInterface gui
 """
 
 import inspect
+import sys
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
@@ -120,10 +121,13 @@ def _not_covered(inner: Any, config: Any) -> str:
         return f"{type(inner).__name__} takes no other attention function"
     if beyond:
         return f"layers of kind {', '.join(sorted(beyond))}"
-    if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
+    both = getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True)
+    if both or any(getattr(module, "is_causal", True) is False for module in inner.get_decoder().modules()):
         return "attention in both directions"
     if any(name.endswith("sinks") for name, _ in inner.named_parameters()):
         return "attention sinks"
+    if getattr(config, "sliding_window", None) and _is_foreign(type(inner)) and not _masks_by_windows(type(inner)):
+        return f"a sliding window of {config.sliding_window} tokens in code of the model's own"
     for name, module in inner.named_modules():
         if hasattr(module, "sliding_window") and module.sliding_window != window_of(module):
             return f"{name} has a sliding window that its configuration does not give it"
@@ -136,14 +140,26 @@ def _not_covered(inner: Any, config: Any) -> str:
     return ""
 
 
+def _is_foreign(kind: type) -> bool:
+    return not any(base.__module__.startswith("transformers.models.") for base in kind.__mro__)
+
+
 def window_of(module: Any) -> int | None:
-    """Tokens that an attention layer sees, itself among them, by its configuration; None for all. This is what
-    transformers' masks go by; not every model passes it to its attention function."""
+    """Tokens that an attention layer sees, itself among them; None for all. By what transformers' masks go by, which is
+    the configuration, where the model's code asks for such masks: some models do not pass their window on to the
+    attention function, and a Llama's `config.json` may have one left over from a Mistral that means nothing."""
     config = getattr(module, "config", None)
+    if not _masks_by_windows(type(module)):
+        return None
     kinds, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
     if kinds and layer is not None and kinds[layer] != "sliding_attention":
         return None
     return getattr(config, "sliding_window", None)
+
+
+def _masks_by_windows(kind: type) -> bool:
+    """Whether the file that defines a class of a model imports transformers' sliding masks."""
+    return hasattr(sys.modules.get(kind.__module__), "create_sliding_window_causal_mask")
 
 
 def document_ends(position_ids: torch.Tensor) -> torch.Tensor:
@@ -180,7 +196,8 @@ def _add_borders(
     if kwargs.get("cu_seq_lens_q") is None:
         if positions is None or positions.dim() != 2:
             return args, kwargs
-        inputs = next(kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None)
+        named = (kwargs.get(name) for name in ("input_ids", "inputs_embeds"))
+        inputs = next(given for given in (*args[:1], *named) if given is not None)
         positions = positions.expand(inputs.shape[:2])
         positions = across.whole(positions) if across and decoder.training else positions
         kwargs = kwargs | borders(positions)

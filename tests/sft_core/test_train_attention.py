@@ -94,6 +94,7 @@ def test_padded_batches_and_generation_stay_as_they_were() -> None:
     [
         ("llama4_text", {"num_local_experts": 2, "head_dim": 8}, "layers of kind chunked_attention"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "attention in both directions"),
+        ("bert", {}, "attention in both directions"),
         ("exaone4", {"sliding_window": 5, "sliding_window_pattern": 2}, "that its configuration does not give it"),
         ("gemma2", {"implementation": "eager"}, "takes no other attention function"),
         ("llama", {"attention_dropout": 0.1}, "attention dropout"),
@@ -269,8 +270,30 @@ def test_the_installed_torch_has_what_is_asked_of_it() -> None:
 
 
 def test_a_layers_window_is_its_configurations() -> None:
-    config = SimpleNamespace(sliding_window=7, layer_types=["sliding_attention", "full_attention"])
-    assert attention.window_of(SimpleNamespace(config=config, layer_idx=0)) == 7
-    assert attention.window_of(SimpleNamespace(config=config, layer_idx=1)) is None
-    assert attention.window_of(SimpleNamespace(config=SimpleNamespace(sliding_window=7), layer_idx=1)) == 7
-    assert attention.window_of(SimpleNamespace(config=SimpleNamespace())) is None
+    gemma, mistral, llama = (
+        [attention.window_of(layer.self_attn) for layer in tiny(kind, **more | {"sliding_window": 7}).model.layers]
+        for kind, more in (("gemma3_text", WINDOWED["gemma3_text"]), ("mistral", {}), ("llama", {}))
+    )
+    assert gemma == [7, None]
+    assert mistral == [7, 7]
+    assert llama == [None, None]  # left over in a config.json: a Llama has no windows
+    assert attention.window_of(torch.nn.Module()) is None
+
+
+@pytest.mark.parametrize("kind", ["llama", "apertus"])
+def test_a_window_that_the_model_does_not_know_changes_nothing(kind: str) -> None:
+    masked = tiny(kind, sliding_window=5)
+    batch = rows_of([9, 1, 14])
+    expected, found = (model(**batch, use_cache=False).logits for model in (masked, packed_twin(masked)))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_window_in_code_of_the_models_own_is_left_to_it() -> None:
+    class Foreign(torch.nn.Module):
+        _supports_attention_backend = _supports_sdpa = True
+
+        def get_decoder(self) -> torch.nn.Module:
+            return self
+
+    config = SimpleNamespace(sliding_window=5, hidden_size=32, num_attention_heads=4)
+    assert attention._not_covered(Foreign(), config) == "a sliding window of 5 tokens in code of the model's own"

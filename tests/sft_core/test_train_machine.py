@@ -207,7 +207,7 @@ def facts(packed: Path, model: Path, folder: Path) -> dict[str, Any]:
         "added in": str(optimizer.gradient_accumulation_dtype),
         "weights": str(optimizer.dtype),
         "fused": bool(optimizer.optimizer.param_groups[0]["fused"]),
-        "timer": engine.tput_timer.enabled,
+        "timer": engine.tput_timer.config.enabled,
         "sum": sum_of_two_gradients(),
     }
 
