@@ -79,11 +79,12 @@ def _score_batch(model: Any, batch: list[Sequence]) -> list[TokenScore]:
     logits = _logits_at(model, inputs, predicts.to(device))  # (supervised, vocab_size), row after row
     targets = labels[:, 1:][predicts[:, :-1]].to(device)  # (supervised,)
     losses, correct = [torch.zeros(0, device=device)], [torch.zeros(0, dtype=torch.bool, device=device)]
-    for some, aims in zip(logits.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
+    chunks = zip(torch.split(logits, CHUNK_TOKENS), torch.split(targets, CHUNK_TOKENS), strict=True)
+    for some, aims in chunks:
         losses.append(torch.nn.functional.cross_entropy(some.float(), aims, reduction="none"))
         correct.append(some.float().argmax(-1) == aims)
     counts = predicts.sum(-1).tolist()
-    parts = zip(counts, torch.cat(losses).split(counts), torch.cat(correct).split(counts), strict=True)
+    parts = zip(counts, torch.split(torch.cat(losses), counts), torch.split(torch.cat(correct), counts), strict=True)
     return [TokenScore(count, int(right.sum()), float(loss.double().sum())) for count, loss, right in parts]
 
 

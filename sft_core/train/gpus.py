@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from sft_core.errors import TrainError
 from sft_core.train.launchers import elsewhere
@@ -22,6 +23,9 @@ NONE = ("", "-1", "NoDevFiles", "none", "void")
 SIGNS = ("/dev/nvidia[0-9]*", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/proc/driver/nvidia/gpus/*")
 """Of a GPU's driver: NVIDIA's nodes (device 0 alone may be missing), WSL2's, AMD's, the kernel module's list."""
 LIBRARY = "libcuda.so.1"
+"""The driver's own, there also where its kernel module could not be loaded."""
+COMPATIBILITY = "/compat/"
+"""In the place of the one that images of NVIDIA bring along, GPU or not."""
 ASK_SECONDS = 300.0
 ASK = """
 import json, torch
@@ -59,9 +63,11 @@ def sign_of_gpu(root: Path = Path("/")) -> str | None:
             return str(path)
     try:
         ctypes.CDLL(LIBRARY)
+        loaded = Path("/proc/self/maps").read_text("utf-8", errors="replace")
     except OSError:
         return None
-    return LIBRARY
+    places = {line.split()[-1] for line in loaded.splitlines() if f"/{LIBRARY.partition('.')[0]}.so" in line}
+    return next((place for place in sorted(places) if COMPATIBILITY not in place), None)
 
 
 def check_cuda(expected: bool | None) -> None:
@@ -71,7 +77,7 @@ def check_cuda(expected: bool | None) -> None:
     if not expected or torch.cuda.is_available():
         return
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         reason = "it sees none"
     except (RuntimeError, AssertionError) as error:
         reason = str(error)
@@ -87,7 +93,7 @@ def check_ranks(num_processes: int, gpus: int) -> None:
         )
 
 
-def _ask_torch(environment: Mapping[str, str]) -> dict[str, int | str | None]:
+def _ask_torch(environment: Mapping[str, str]) -> dict[str, Any]:
     places = os.pathsep.join(elsewhere(environment.get("PYTHONPATH", "")))
     child = {**environment, "PYTHONPATH": places, "PYTHONWARNINGS": "ignore"}
     try:

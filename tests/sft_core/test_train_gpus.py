@@ -98,7 +98,9 @@ def test_signs_of_a_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (tmp_path / "dev/nvidia3").touch()  # one GPU of eight
     assert sign_of_gpu(tmp_path) == str(tmp_path / "dev/nvidia3")
     monkeypatch.setattr(gpus, "LIBRARY", "libc.so.6")
-    assert sign_of_gpu(tmp_path / "elsewhere") == "libc.so.6"
+    assert str(sign_of_gpu(tmp_path / "elsewhere")).endswith("/libc.so.6")
+    monkeypatch.setattr(gpus, "COMPATIBILITY", "/libc.so.6")  # as if an image had brought it along
+    assert sign_of_gpu(tmp_path / "elsewhere") is None
 
 
 @NO_CUDA
