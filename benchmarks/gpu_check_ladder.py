@@ -128,12 +128,12 @@ class Ladder:
 
         bench = self.bench
         lora = LoraConfig(lora_dropout=variant.dropout)
-        section = TrainConfig(lora=lora, fused_lora=variant.fused, gradient_checkpointing=bool(variant.every))
+        section = TrainConfig(lora=lora, fused_lora=variant.fused)
         gpu = CPU
         if bench.cuda:
             properties = torch.cuda.get_device_properties(bench.device)
             gpu = gpu_at_hand(properties.name, properties.total_memory)
-        key = replace(variant, name="", rows=1)
+        key = replace(variant, name="", rows=1, every=0)
         if key not in self.counted:
             trains = Trains(
                 config=self.base.config,

@@ -194,4 +194,4 @@ def _memory(recipe: Recipe, config: Any) -> str:
         least = min((forecaster.of(split) for split in forecaster.splits()), key=lambda one: one.peak)
     except NotCountedError as error:
         return f"this model's code does not run without numbers, so nothing was counted ({error})"
-    return f"a GPU about {least.arithmetic}; sft explain {recipe.name} --gpu h100 says more"
+    return f"about {least.arithmetic}, a GPU; sft explain {recipe.name} --gpu h100 says more"

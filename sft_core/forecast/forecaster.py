@@ -220,9 +220,3 @@ def allowed_checkpointing(key: bool | str, layers: int) -> tuple[int, ...]:
         return (1,) if key else (0,)
     selective = "every_n_layers" in inspect.signature(PreTrainedModel.gradient_checkpointing_enable).parameters
     return tuple(n for n in EVERY if n <= 1 or (selective and n < layers))
-
-
-def forced(train: TrainConfig, split: Split) -> TrainConfig:
-    """`train` with the split's numbers in place of `auto`."""
-    values = {"per_device_train_batch_size": split.rows, "gradient_accumulation_steps": split.accumulation}
-    return train.model_copy(update={**values, "gradient_checkpointing": bool(split.checkpoint_every)})

@@ -33,9 +33,8 @@ def kept_bytes(model: TrainedModel, train: TrainConfig, ranks: int) -> dict[str,
     parts: dict[str, float] = {}
     shared = ranks if stage == 3 else 1
     if train.quantization == "nf4":
-        other = 4 if config is None else item  # without DeepSpeed PEFT keeps norms, embeddings and head in float32
         parts["4-bit weights"] = model.linear * NF4_BYTES / shared
-        parts["other weights"] = model.other * other / shared
+        parts["other weights"] = model.other * item / shared
     elif frozen:
         parts["frozen weights"] = frozen * item / shared
     parts |= _trained_bytes(model.trained, train, config, ranks)

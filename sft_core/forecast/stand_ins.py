@@ -126,9 +126,10 @@ def standing_in(model: Any, liger: bool, record: Record) -> Iterator[None]:
     with ExitStack() as stack:
 
         def put(owner: Any, name: str, value: Any) -> None:
-            stack.callback(setattr, owner, name, owner.__dict__[name]) if name in owner.__dict__ else stack.callback(
-                delattr, owner, name
-            )
+            if name in vars(owner):
+                stack.callback(setattr, owner, name, vars(owner)[name])
+            else:
+                stack.callback(delattr, owner, name)
             setattr(owner, name, value)
 
         for module in model.modules():
