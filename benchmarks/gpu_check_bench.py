@@ -95,7 +95,8 @@ class Bench:
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Size of the difference over the size of `expected`."""
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
+    found, expected = found.detach().float(), expected.detach().float()
+    return float((found - expected).norm() / expected.norm())
 
 
 def _cell(value: float | None, width: int, digits: int) -> str:

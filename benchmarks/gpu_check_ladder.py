@@ -4,6 +4,7 @@ As DeepSpeed runs it: all in bfloat16, no autocast. Loss and gradient norm of th
 """
 
 import gc
+import math
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -115,10 +116,10 @@ class Ladder:
         if variant.dropout:
             return
         found = (figures["loss"], figures["norm"])
+        assert all(map(math.isfinite, found)), f"{variant.name}: loss and gradient norm {found}"
         self.reference = self.reference or found
         for value, expected, tolerance in zip(found, self.reference, (LOSS_TOLERANCE, NORM_TOLERANCE), strict=True):
             if abs(value - expected) > tolerance * expected:
-                self.bench.say("ladder", variant=variant.name, FAULT=f"{found} where it was {self.reference}")
                 raise AssertionError(f"{variant.name}: loss and gradient norm {found}, before {self.reference}")
 
     def _forecast(self, variant: Variant) -> dict[str, Any]:

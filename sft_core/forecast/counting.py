@@ -100,7 +100,7 @@ def count_micro_batch(model: Any, tokens: int, way: Way) -> Counted:
             loss = _loss(inner, chosen, ids.flatten(), chunked)
             logits, meter.peak = meter.peak - saved, 0
             del hidden, chosen
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
     finally:
         for hook in hooks:
             hook.remove()
@@ -162,11 +162,11 @@ def _storage(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-class _Meter(TorchDispatchMode):
+class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes alive of what was made within, and the work."""
 
     def __init__(self, model: Any, quantised: set[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self.work: Counter[tuple[int, int, int]] = Counter()  # (flops, bytes of activations, of weights)
         self._weights = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}

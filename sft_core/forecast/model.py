@@ -3,6 +3,7 @@
 In: a transformers configuration, the section `train`. Out: `TrainedModel`. Nothing is downloaded, nothing is allocated.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ class TrainedModel:
 def trained_model(config: Any, train: TrainConfig, trust_remote_code: bool) -> TrainedModel:
     """RecipeError where the adapter names no module of this model. Initial values, and rows of single tokens, make no
     difference here."""
-    dtype = getattr(torch, train.dtype)
+    dtype, config = getattr(torch, train.dtype), copy.deepcopy(config)  # a model keeps it, and counting changes it
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).to(dtype)
     model.config.use_cache = False

@@ -31,7 +31,7 @@ def use_liger(model: Any) -> str:
     inner = causal_lm(model)
     if reason := liger_reason(inner.config.model_type, inner.get_input_embeddings().weight.device.type):
         return f"no liger kernels ({reason})"
-    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance  # type: ignore[import-not-found]
 
     wanted = {**dict.fromkeys(KERNELS, True), **dict.fromkeys(LOSSES, False)}
     _apply_liger_kernel_to_instance(model=inner, **wanted)  # passes on what it has for this kind of model

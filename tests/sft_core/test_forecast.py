@@ -160,6 +160,14 @@ def test_the_quickest_that_fits_is_chosen_and_the_rows_of_a_step_stay(tiny_model
     assert found.choose(1e12).split != kept
 
 
+def test_a_forecast_leaves_the_configuration_alone(tiny_model: Path) -> None:
+    """A model that was made of it before would else train with the attention that counts."""
+    config_ = AutoConfig.from_pretrained(tiny_model, attn_implementation="sdpa")
+    trains = Trains(config=config_, train=config(), max_length=TOKENS, ranks=1)
+    Forecaster(trains, GPUS["h100"]).choose(1e12)
+    assert config_._attn_implementation == "sdpa"
+
+
 def test_what_cannot_fit_is_refused_with_its_sum_and_what_would(tiny_model: Path) -> None:
     train = config(per_device_train_batch_size=8, gradient_accumulation_steps=2)
     found = forecaster(tiny_model, train)
