@@ -81,16 +81,18 @@ class Bench:
 
     def table(self) -> None:
         """Speeds and peaks beside their forecasts; a mark where the forecast was off by more than `MISS`."""
-        print(f"\n{'variant':34} {'tok/s':>8} {'forecast':>8} {'GiB':>6} {'forecast':>8}  loss, gradient norm")
+        print(f"\n{'variant':38} {'tok/s':>8} {'forecast':>8} {'GiB':>6} {'forecast':>8}  loss, gradient norm")
+        if not self.cuda:
+            print("(speeds of a CPU at toy size say nothing of a GPU, nor of one variant against another)")
         for row in self.rows:
             if "fault" in row:
-                print(f"{row['variant']:34} {row['fault'][:90]}")
+                print(f"{row['variant']:38} {row['fault'][:90]}")
                 continue
             pairs = [(row.get(name), row.get(f"forecast_{name}")) for name in ("tok_s", "peak_gib")]
             cells = [f"{_cell(found, 8 - 2 * i, i)} {_cell(told, 8, i)}" for i, (found, told) in enumerate(pairs)]
             missed = any(found and told and abs(found / told - 1) > MISS for found, told in pairs)
             figures = ", ".join(f"{row[name]:.4f}" for name in ("loss", "norm") if name in row)
-            print(f"{row['variant']:34} {' '.join(cells)}  {figures}{'  MISS' if missed and self.cuda else ''}")
+            print(f"{row['variant']:38} {' '.join(cells)}  {figures}{'  MISS' if missed and self.cuda else ''}")
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
