@@ -19,7 +19,7 @@ from sft_core.outlook.training import few_steps, read_vocabulary, untrained_word
 from sft_core.plan import Plan
 from sft_core.recipe import Recipe
 from sft_core.rehearse import Rehearsal
-from sft_core.rehearse.estimate import RunLength, count_weights, estimate_length, estimate_memory
+from sft_core.rehearse.estimate import RunLength, estimate_length
 from sft_core.store import Store
 
 NOT_REHEARSED = (
@@ -175,12 +175,23 @@ def _real_run(recipe: Recipe, rehearsal: Rehearsal, plan: Plan) -> list[str]:
         )
     if rehearsal.base.real_config is None:
         return [*lines, "memory: unknown without the model's configuration; the recipe's own comment may say"]
-    weights = count_weights(rehearsal.base.real_config, recipe.train.lora, recipe.base_model.trust_remote_code)
-    memory = estimate_memory(recipe, weights)
-    parts = ", ".join(f"{name} {_size(size)}" for name, size in memory.items())
-    lines.append(f"memory: about {_size(sum(memory.values()))} = {parts}; one layer's work on top")
-    return lines
+    return [*lines, f"memory: {_memory(recipe, rehearsal.base.real_config)}"]
 
 
-def _size(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+def _memory(recipe: Recipe, config: Any) -> str:
+    """Of one GPU, by what the recipe allows: of `auto` the least."""
+    from sft_core.forecast import GPUS, Forecaster, NotCountedError, Trains
+
+    trains = Trains(
+        config=config,
+        train=recipe.train,
+        max_length=recipe.pack.max_length,
+        ranks=recipe.train.num_processes or 1,
+        trust_remote_code=recipe.base_model.trust_remote_code,
+    )
+    forecaster = Forecaster(trains, GPUS["h100"])
+    try:
+        least = min((forecaster.of(split) for split in forecaster.splits()), key=lambda one: one.peak)
+    except NotCountedError as error:
+        return f"this model's code does not run without numbers, so nothing was counted ({error})"
+    return f"about {least.arithmetic}, a GPU; sft explain {recipe.name} --gpu h100 says more"

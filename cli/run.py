@@ -110,8 +110,22 @@ def train(
     train_as(launch, resolved)
 
 
-def explain(recipe: RecipeArgument, set_: SetOption = None) -> None:
-    """Say of each step whether it would be reused, and if not, which part changed."""
+def explain(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Forecast memory and time on this GPU instead: h100, 8xh100, rtx4090, ..."),
+    ] = None,
+) -> None:
+    """Say of each step whether it would be reused, and if not, which part changed.
+
+    With --gpu: what training would take of that GPU, by what holds it, tokens a second and hours, counted on the
+    model's own code from its config.json alone. Nothing is downloaded but that; no source is read. Exit status 1 where
+    it cannot fit. Speeds are estimates.
+
+    Example: sft explain llama3_1_8b_instruct_qlora_oasst1_e3 --gpu h100 --set train.gradient_checkpointing=auto
+    """
     from rich.table import Table
 
     from cli.console import SafeConsole
@@ -121,6 +135,11 @@ def explain(recipe: RecipeArgument, set_: SetOption = None) -> None:
     from sft_core.store import Store
 
     resolved = resolve(recipe, parse_settings(set_ or []))
+    if gpu is not None:
+        from cli.forecast import print_forecast
+
+        print_forecast(SafeConsole(), resolved, gpu)
+        return
     table = Table("step", "fingerprint", "", "why", box=None, pad_edge=False)
     plan = plan_recipe(resolved)
     for entry in explain_plan(plan, Store(resolved.store), resolved.name):

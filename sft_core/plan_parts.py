@@ -21,9 +21,11 @@ from sft_core.train.zero import deepspeed_part
 TRAIN_KEYS_WITHOUT_EFFECT = {
     *("logging_steps", "save_steps", "save_total_limit", "num_processes"),
     *("sample_prompts", "sample_max_new_tokens"),
+    *("gradient_checkpointing", "fused_lora", "use_liger_kernel"),
 }
-"""Keys of `train` that change how a run is watched or kept, not what it learns; `eval_steps` too, unless the held-out
-loss decides what comes out."""
+"""Keys of `train` that change how a run is watched, kept or computed, not what it learns but for rounding: a run that
+was out of memory goes on with `gradient_checkpointing`. `eval_steps` too, unless the held-out loss decides what comes
+out."""
 
 
 class Planned(Protocol):

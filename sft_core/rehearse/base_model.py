@@ -39,7 +39,7 @@ def make_tiny_base(
 ) -> TinyBase:
     """Write the folder `out`. `chat_template`: Jinja text of the recipe, None for the tokenizer's own. ModelError if
     the model is named wrongly, or if transformers cannot build it."""
-    source, reason = _small_files(base)
+    source, reason = small_files(base)
     if source is None:
         return _make_stand_in(base.path, chat_template, texts, (seed, out, reason))
     for pattern in SMALL_FILES[1:]:
@@ -84,7 +84,7 @@ def _make_stand_in(
     )
 
 
-def _small_files(base: BaseModelConfig) -> tuple[Path | None, str]:
+def small_files(base: BaseModelConfig) -> tuple[Path | None, str]:
     """The folder with the real model's small files, or None and why there is none."""
     folder = Path(base.path)
     if folder.is_dir():

@@ -47,7 +47,7 @@ def _evaluate(recipe: Recipe) -> dict[str, Any]:
 def _train(train: TrainConfig, scratch: Path) -> tuple[dict[str, Any], list[str]]:
     steps = min(train.max_steps or STEPS, STEPS)
     micro_batches = min(train.gradient_accumulation_steps, MICRO_BATCHES)
-    batch = min(train.per_device_train_batch_size, MICRO_BATCHES)
+    batch = min(train.rows_at_once, MICRO_BATCHES)
     values: dict[str, Any] = {
         "max_steps": steps,
         "gradient_accumulation_steps": micro_batches,
@@ -58,7 +58,7 @@ def _train(train: TrainConfig, scratch: Path) -> tuple[dict[str, Any], list[str]
     }
     notes = [
         f"train: {steps} optimizer steps of {batch * micro_batches} packed rows, not "
-        f"{train.per_device_train_batch_size * train.gradient_accumulation_steps} a rank, one rank"
+        f"{train.rows_at_once * train.gradient_accumulation_steps} a rank, one rank"
     ]
     if train.dtype == "float16":
         values["dtype"] = "bfloat16"

@@ -1,25 +1,17 @@
-"""What a rehearsal tells about the real run: optimizer steps and tokens from the sampled lengths, memory from the real
-model's configuration.
+"""What a rehearsal tells about the real run: optimizer steps and tokens from the sampled lengths.
 
-In: the recipe, what was packed, how many rows the sources have; the configuration. Out: figures, with what they assume.
+In: the recipe, what was packed, how many rows the sources have. Out: figures, with what they assume. Memory is
+`sft_core.forecast`'s.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from sft_core.recipe import LoraConfig, Recipe
+from sft_core.recipe import Recipe
 from sft_core.rehearse.rows import SampledRows
 from sft_core.shards import read_shard_list
-
-NF4_BYTES = 0.52
-"""A 4-bit weight with its share of doubly quantised scales (QLoRA, arXiv 2305.14314)."""
-TRAINED_BYTES = 16
-"""Weight, gradient and two moments in float32; or bfloat16 weight and gradient, float32 master and moments."""
-LOGIT_BYTES = 8
-"""A float32 logit and its gradient."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,18 +22,6 @@ class RunLength:
     packed_rows: int
     optimizer_steps: int
     ranks: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Weights:
-    """Counts of the real model: weights of linear layers (not the head), all others, trained ones; its shape."""
-
-    linear: int
-    other: int
-    trained: int
-    layers: int
-    hidden_size: int
-    vocab_size: int
 
 
 def estimate_length(
@@ -65,51 +45,3 @@ def estimate_length(
     ranks = train.num_processes or 1
     steps = train.optimizer_steps(rows * train.num_train_epochs, ranks)
     return RunLength(epoch_tokens=round(tokens), packed_rows=math.ceil(rows), optimizer_steps=steps, ranks=ranks)
-
-
-def count_weights(config: Any, lora: LoraConfig | None, trust_remote_code: bool) -> Weights:
-    """Of the real model, built without memory for its weights."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from sft_core.train.targets import adapted_modules
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    modules = dict(model.named_modules())
-    head = model.get_output_embeddings()
-    linear = sum(m.weight.numel() for m in modules.values() if isinstance(m, torch.nn.Linear) and m is not head)
-    trained = total
-    if lora is not None:
-        adapted = [modules[name] for name in adapted_modules(model, lora)]
-        trained = sum(lora.r * sum(module.weight.shape) for module in adapted)
-    text = config.get_text_config()
-    return Weights(
-        linear=linear,
-        other=total - linear,
-        trained=trained,
-        layers=text.num_hidden_layers,
-        hidden_size=text.hidden_size,
-        vocab_size=text.vocab_size,
-    )
-
-
-def estimate_memory(recipe: Recipe, weights: Weights) -> Mapping[str, float]:
-    """Bytes by what they hold. The work of one layer comes on top; ZeRO spreads what is trained over the ranks."""
-    train = recipe.train
-    tokens = recipe.pack.max_length * train.per_device_train_batch_size
-    parts: dict[str, float] = {}
-    if train.lora is None:
-        parts["weights, gradients and moments"] = weights.trained * TRAINED_BYTES
-    elif train.quantization == "nf4":
-        parts["4-bit linear weights"] = weights.linear * NF4_BYTES
-        parts["other weights in float32"] = weights.other * 4
-        parts["adapter with its moments"] = weights.trained * TRAINED_BYTES
-    else:
-        parts["frozen weights"] = (weights.linear + weights.other) * (4 if train.dtype == "float32" else 2)
-        parts["adapter with its moments"] = weights.trained * TRAINED_BYTES
-    if train.gradient_checkpointing:
-        parts["inputs of layers"] = weights.layers * tokens * weights.hidden_size * 2
-    parts["logits and their gradient"] = tokens * weights.vocab_size * LOGIT_BYTES
-    return parts

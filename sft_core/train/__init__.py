@@ -16,7 +16,7 @@ from sft_core.errors import TrainError
 from sft_core.recipe import TrainConfig
 from sft_core.terminal import say
 from sft_core.train.best import best_checkpoint, best_in
-from sft_core.train.checkpoints import newest_complete, step_of
+from sft_core.train.checkpoints import Mark, newest_complete, read_mark, step_of
 from sft_core.train.gpus import check_ranks, count_gpus
 from sft_core.train.launch import run_training
 from sft_core.train.launchers import ONE_MACHINE, Launch
@@ -95,6 +95,7 @@ def train_adapter(
             f"training is done, but {checkpoint} was damaged since ({fault}); the same command goes on from "
             "the newest checkpoint that is whole"
         )
+    mark = read_mark(last_checkpoint)
     first, last = metrics[0], metrics[-1]
     seconds = (last["time"] - first["time"]) / 1000
     steps = last["optimizer_step"] - first["optimizer_step"]
@@ -105,9 +106,20 @@ def train_adapter(
             "last_loss": last["loss"],
             "seconds_per_step": seconds / steps if steps else 0.0,
             "num_processes": num_processes,
+            **(chosen_split(mark, config, num_processes) if mark is not None and mark.rows_at_once else {}),
             **({"best_optimizer_step": best.optimizer_step, "best_eval_loss": best.eval_loss} if best else {}),
         }
     )
+
+
+def chosen_split(mark: Mark, config: TrainConfig, num_processes: int) -> dict[str, int]:
+    """What the run put in place of `auto`, for the manifest."""
+    sharing = num_processes // config.sequence_parallel_size
+    return {
+        "per_device_train_batch_size": mark.rows_at_once,
+        "gradient_accumulation_steps": mark.micro_batches // sharing,
+        "checkpointed_every_n_layers": mark.checkpoint_every,
+    }
 
 
 def copy_result(checkpoint: Path, work: Path, out: Path) -> None:

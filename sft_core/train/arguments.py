@@ -18,7 +18,7 @@ def training_arguments(spec: TrainSpec, max_steps: int) -> TrainingArguments:
     return TrainingArguments(
         output_dir=spec.checkpoints,
         max_steps=max_steps,
-        per_device_train_batch_size=config.per_device_train_batch_size,
+        per_device_train_batch_size=config.rows_at_once,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         average_tokens_across_devices=True,
         learning_rate=config.learning_rate,
@@ -33,8 +33,8 @@ def training_arguments(spec: TrainSpec, max_steps: int) -> TrainingArguments:
         bf16=config.dtype == "bfloat16",
         fp16=config.dtype == "float16",
         neftune_noise_alpha=config.neftune_noise_alpha,
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        gradient_checkpointing=bool(config.gradient_checkpointing),
+        gradient_checkpointing_kwargs=_checkpointing(spec) if config.gradient_checkpointing else None,
         deepspeed=_deepspeed(spec, cuda),
         use_cpu=not cuda,
         seed=spec.seed,
@@ -52,6 +52,11 @@ def training_arguments(spec: TrainSpec, max_steps: int) -> TrainingArguments:
         report_to="none",
         disable_tqdm=True,
     )
+
+
+def _checkpointing(spec: TrainSpec) -> dict[str, Any]:
+    every = {"every_n_layers": spec.checkpoint_every} if spec.checkpoint_every > 1 else {}
+    return {"use_reentrant": False, **every}
 
 
 def _deepspeed(spec: TrainSpec, cuda: bool) -> dict[str, Any] | None:

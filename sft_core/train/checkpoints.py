@@ -31,21 +31,28 @@ class Counts:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:
     """What `complete` holds. `files`: by path in the checkpoint. `micro_batches`: of an optimizer step, all ranks
-    together; 0 where it was not noted yet."""
+    together; 0 where it was not noted yet. `rows_at_once` and `checkpoint_every`: of a micro-batch, and where
+    activations were recomputed (0: nowhere, n: every n-th layer), where the recipe left them to the run; else 0."""
 
     world_size: int
     counts: Counts
     files: dict[str, StoredFile]
     micro_batches: int = 0
+    rows_at_once: int = 0
+    checkpoint_every: int = 0
 
 
-def mark_complete(checkpoint: Path, world_size: int, counts: Counts, micro_batches: int = 0) -> None:
-    """Say that every byte of `checkpoint` is there."""
+def mark_complete(
+    checkpoint: Path, world_size: int, counts: Counts, micro_batches: int = 0, chosen: tuple[int, int] = (0, 0)
+) -> None:
+    """Say that every byte of `checkpoint` is there. `chosen`: the mark's `rows_at_once` and `checkpoint_every`."""
     for path in checkpoint.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    mark = Mark(world_size=world_size, counts=counts, files=list_files(checkpoint), micro_batches=micro_batches)
+    rows, every = chosen
+    parts = {"micro_batches": micro_batches, "rows_at_once": rows, "checkpoint_every": every}
+    mark = Mark(world_size=world_size, counts=counts, files=list_files(checkpoint), **parts)
     part = checkpoint / f"{COMPLETE}.part"
     with part.open("w", encoding="utf-8") as file:
         json.dump(asdict(mark), file, indent=1)
@@ -60,8 +67,8 @@ def read_mark(checkpoint: Path) -> Mark | None:
         value = json.loads((checkpoint / COMPLETE).read_text("utf-8"))
         counts = Counts(**value["counts"])
         files = {str(name): StoredFile(**entry) for name, entry in value["files"].items()}
-        micro_batches = int(value.get("micro_batches", 0))
-        mark = Mark(world_size=int(value["world_size"]), counts=counts, files=files, micro_batches=micro_batches)
+        parts = {name: int(value.get(name, 0)) for name in ("micro_batches", "rows_at_once", "checkpoint_every")}
+        mark = Mark(world_size=int(value["world_size"]), counts=counts, files=files, **parts)
         whole = all((checkpoint / name).stat().st_size == entry.size for name, entry in mark.files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

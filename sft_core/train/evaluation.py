@@ -97,7 +97,7 @@ def open_evaluation(spec: TrainSpec, trainer: Any, packed: PackedDataset, max_st
     if spec.conversations is None:
         raise TrainError("train.eval_steps is set, but there are no conversations to evaluate on; set it to null")
     tokenizer = load_tokenizer(TokenizerSource(packed.tokenizer, spec.trust_remote_code))
-    held_out = read_held_out(Path(spec.conversations), packed, tokenizer, config.per_device_train_batch_size)
+    held_out = read_held_out(Path(spec.conversations), packed, tokenizer, config.rows_at_once)
     evaluation = HeldOutEvaluation(trainer, held_out, config, max_steps)
     if config.sample_prompts:
         evaluation.samples = Samples(config, tokenizer, Path(spec.checkpoints) / SAMPLES)

@@ -93,6 +93,8 @@ class RunLog(TrainerCallback):
             config = self._spec.config
             micro_batches = args.world_size // config.sequence_parallel_size * config.gradient_accumulation_steps
             checkpoint = folder / f"checkpoint-{state.global_step}"
-            mark_complete(checkpoint, args.world_size, self.trainer.counts, micro_batches)
+            every = self._spec.checkpoint_every if config.gradient_checkpointing else 0
+            chosen = (config.rows_at_once, every) if self._spec.split_was_chosen else (0, 0)
+            mark_complete(checkpoint, args.world_size, self.trainer.counts, micro_batches, chosen)
             best = best_of(state.log_history) if self._spec.config.load_best_model_at_end else None
             keep_newest(folder, self._spec.config.save_total_limit, best.optimizer_step if best else None)

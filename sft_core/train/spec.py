@@ -30,6 +30,10 @@ class TrainSpec:
     """Folder that tells where a row comes from."""
     resize: bool = False
     """Whether the newest checkpoint was written by another number of ranks."""
+    checkpoint_every: int = 1
+    """Where activations are recomputed: in all layers (1), or in every n-th."""
+    split_was_chosen: bool = False
+    """Whether rows at once, or what is recomputed, were `auto` in the recipe; `train` then has what was chosen."""
     silence_seconds: float = SILENCE_SECONDS
     """Without a sign of life of the process that started them, ranks end themselves after so long."""
     cuda: bool | None = None

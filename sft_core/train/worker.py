@@ -92,15 +92,16 @@ def run(spec: Any, heart: Any, ddp_timeout: float) -> int:
     from sft_core.train.watch import StepWatch
 
     transformers.utils.logging.set_verbosity_error()
-    config = spec.config
     pulse = Pulse(heart, ddp_timeout)
     packed = load_packed(Path(spec.packed), cache=Path(spec.checkpoints) / MAPPED)  # mapped, shared by ranks
-    rows = config.per_device_train_batch_size * (int(os.environ.get("WORLD_SIZE", 1)) // config.sequence_parallel_size)
+    spec, split_notes = _settle(spec, packed.max_length, pulse)
+    config = spec.config
+    rows = config.rows_at_once * (int(os.environ.get("WORLD_SIZE", 1)) // config.sequence_parallel_size)
     stream = PackedStream(packed, config.num_train_epochs, rows)  # all ranks' rows of a micro-batch together
     max_steps = config.max_steps or math.ceil(stream.rows / (rows * config.gradient_accumulation_steps))
     arguments = pulse.join(training_arguments(spec, max_steps))  # before the model: ZeRO-3 partitions while loading
     transformers.set_seed(spec.seed)
-    model, loss_way = _load_model(spec, speaks=arguments.process_index == 0)
+    model, loss_way = _load_model(spec, split_notes, speaks=arguments.process_index == 0)
     log = RunLog(spec, max_steps, packs=packed.packing != "none")
     trainer = PackedTrainer(
         model,
@@ -128,18 +129,42 @@ def run(spec: Any, heart: Any, ddp_timeout: float) -> int:
     return EXIT_STOPPED if stop.asked and trainer.state.global_step < max_steps else 0
 
 
-def _load_model(spec: Any, speaks: bool) -> tuple[Any, Any]:
-    """The model with what is trained of it, and how its loss is taken. `speaks`: say what was chosen, and why."""
+def _settle(spec: Any, max_length: int, pulse: Any) -> tuple[Any, list[str]]:
+    """The spec with numbers for what the recipe leaves to the run, and notes. Ranks are joined before: they agree."""
+    import torch
+
+    from sft_core.train.arguments import training_arguments
+    from sft_core.train.settle import is_open, provisional, settle
+
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1 and is_open(spec.config):
+        pulse.join(training_arguments(provisional(spec), 1))
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    return settle(spec, max_length, device, ranks)
+
+
+def _load_model(spec: Any, chosen: list[str], speaks: bool) -> tuple[Any, Any]:
+    """The model with what is trained of it, and how its loss is taken. `speaks`: say what was chosen, and why, after
+    what was `chosen` before."""
+    import torch
+
     from sft_core.train.attention import use_packed_attention
+    from sft_core.train.fused_lora import fuse_lora
+    from sft_core.train.liger import use_liger
     from sft_core.train.loss import choose_loss
     from sft_core.train.model import load_trainable
 
     model, notes = load_trainable(spec.base_model, spec.config, spec.trust_remote_code, Path(spec.checkpoints))
     attention, why_attention = use_packed_attention(model, spec.config.sequence_parallel_size)
+    kernels = fuse_lora(model) if spec.config.lora is not None and spec.config.fused_lora else ""
+    if spec.config.use_liger_kernel and torch.cuda.is_available():
+        kernels = ", ".join(filter(None, [kernels, use_liger(model)]))
     loss_way, why_loss = choose_loss(model)
-    notes.append(f"note: attention {attention} ({why_attention}), loss {loss_way} ({why_loss})")
+    kernels = f", {kernels}" if kernels else ""
+    notes.append(f"note: attention {attention} ({why_attention}), loss {loss_way} ({why_loss}){kernels}")
     if speaks:
-        print("\n".join(notes), flush=True)
+        print("\n".join([*notes, *chosen]), flush=True)
     return model, loss_way
 
 

@@ -33,6 +33,8 @@ def going_on(checkpoint: Path, config: TrainConfig, num_processes: int) -> tuple
     assert mark is not None, "only complete checkpoints come here"
     sharing = num_processes // config.sequence_parallel_size
     micro_batches = mark.micro_batches or mark.world_size * config.gradient_accumulation_steps
+    if config.per_device_train_batch_size == "auto":  # the recipe counts rows
+        micro_batches *= mark.rows_at_once or 1
     if micro_batches % sharing:
         fits = ", ".join(str(n * config.sequence_parallel_size) for n in divisors(micro_batches))
         raise TrainError(
@@ -63,9 +65,10 @@ def note_of(checkpoint: Path, config: TrainConfig, num_processes: int) -> str:
     """What a person should know of such a start."""
     mark = read_mark(checkpoint)
     assert isinstance(mark, Mark)
+    parts = "packed rows" if config.per_device_train_batch_size == "auto" else "micro-batches"
     return (
         f"note: {checkpoint.name} is of {mark.world_size} rank(s) and goes on with {num_processes}: the same rows an "
-        f"optimizer step, {config.gradient_accumulation_steps} micro-batches a rank; dropout draws anew"
+        f"optimizer step, {config.gradient_accumulation_steps} {parts} a rank; dropout draws anew"
     )
 
 

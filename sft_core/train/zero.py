@@ -88,9 +88,10 @@ def _check_against_recipe(config: dict[str, Any], train: TrainConfig) -> None:
                 f"{where}: has a section {section!r}, but the recipe's learning_rate, weight_decay and "
                 "lr_scheduler_type decide; delete that section"
             )
+    rows_are_chosen = train.per_device_train_batch_size == "auto"
     expected: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.per_device_train_batch_size,
-        "gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "gradient_accumulation_steps": "auto" if rows_are_chosen else train.gradient_accumulation_steps,
         "gradient_clipping": train.max_grad_norm,
         "bf16.enabled": train.dtype == "bfloat16",
         "fp16.enabled": train.dtype == "float16",
@@ -104,7 +105,7 @@ def _check_against_recipe(config: dict[str, Any], train: TrainConfig) -> None:
                 'write "auto" there and set it in the recipe'
             )
     total = config.get("train_batch_size", "auto")
-    rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    rows = train.rows_at_once * train.gradient_accumulation_steps
     if total != "auto" and total != rows * (train.num_processes or max(1, int(total) // rows)):
         raise RecipeError(
             f"{where}: train_batch_size is {total}, the recipe makes {rows} packed rows a device and optimizer step; "

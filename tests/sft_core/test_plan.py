@@ -99,6 +99,7 @@ def test_touching_moving_or_copying_changes_nothing(project: Path, tmp_path_fact
     [
         ({"train": {"learning_rate": 1e-3}}, {"train", "convert", "merge", "evaluate/tuned"}),
         ({"train": {"save_steps": 1, "logging_steps": 1}}, set()),
+        ({"train": {"gradient_checkpointing": "auto", "fused_lora": False, "use_liger_kernel": False}}, set()),
         ({"register": {"model_name": "other"}, "compute": {"train": "train/gpu"}}, set()),
         ({"store": "elsewhere", "name": "other"}, set()),
         ({"evaluate": {"primary_metric": "exact_match"}}, set()),

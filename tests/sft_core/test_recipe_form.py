@@ -42,8 +42,10 @@ def test_false_and_zero_count() -> None:
 def test_a_switch_is_a_choice_of_two() -> None:
     """A switch of the form sends false where nobody touched it."""
     schema = TrainOverrides.model_json_schema()
-    entry = schema["properties"]["gradient_checkpointing"]
+    entry = schema["properties"]["fused_lora"]
     assert (entry["enum"], "type" in entry, "default" in entry) == ([True, False], False, False)
+    recomputing = schema["properties"]["gradient_checkpointing"]["anyOf"]
+    assert [kind.get("const", kind.get("enum")) for kind in recomputing] == ["auto", [True, False]]
     kinds = schema["$defs"]["LoraOverrides"]["properties"]["init_lora_weights"]["anyOf"]
     assert [kind.get("type") for kind in kinds] == ["string", None]
 

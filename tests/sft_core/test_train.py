@@ -55,7 +55,7 @@ def straight(packed: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFa
     lines: list[str] = []
     outcome = train_adapter(inputs(packed, tiny_model, folder / "work"), CONFIG, 7, folder / "out", lines.append)
     assert lines[0].startswith("note: attention packed_documents (SDPA document by document")
-    assert lines[0].endswith("loss selected (a vocabulary of 259 is small)")
+    assert lines[0].endswith("loss selected (a vocabulary of 259 is small), LoRA by addmm in 14 of 14 layers")
     assert re.fullmatch(r"note: warm-up: \d+ of \d+ optimizer steps, the first at 0\.0\d+", lines[1]), lines[1]
     assert lines[2].startswith("step 1/")
     assert outcome.facts["last_loss"] < outcome.facts["first_loss"]

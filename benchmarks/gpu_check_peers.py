@@ -1,31 +1,49 @@
-"""The peers of `train_gpu.py`: TRL's SFTTrainer, and transformers' Trainer over PEFT, in this process.
+"""The peers of `gpu_check.py`: transformers' Trainer over PEFT, and TRL's SFTTrainer, in this process.
 
-In: a preset's rows, the same for all. Out: tokens a second, the first logged loss, the number of parameters, a note.
-Both run as they come: gradient checkpointing, SDPA with a block mask from `position_ids`, logits of every token.
+In: a bench. Out: a line of the table each, on the same rows: NF4 base, LoRA r=16 on all linear layers, no dropout. Both
+run as they come: gradient checkpointing, SDPA with a block mask from `position_ids`, logits of every token, autocast.
 """
 
+import importlib.util
 import tempfile
 import time
 from typing import Any
 
-from train_gpu_model import packed_documents, random_base
+from gpu_check_bench import Bench
+from gpu_check_model import packed_documents, random_base
+
+WARM_UP, STEPS = 2, 4
+NAMES = {"trl": "TRL", "peft": "transformers + PEFT"}
 
 
-def run_peer(
-    name: str, preset: Any, method: str, sizes: tuple[int, int, int], device: Any
-) -> tuple[float, float, int, str]:
-    """`sizes`: rows a step, warm-up steps, timed steps. ImportError where `name` is `trl` and TRL is not installed."""
+def peers(bench: Bench) -> dict[str, Any]:
+    """Those that are installed; a fault of one is its line."""
+    for name, title in NAMES.items():
+        if importlib.util.find_spec(name) is None:
+            bench.say("peers", peer=title, left_out="not installed")
+            continue
+        try:
+            speed, loss = run_peer(bench, name)
+        except Exception as error:  # noqa: BLE001 - out of memory, or the peer's own
+            bench.speed("peers", title, fault=f"{type(error).__name__}: {str(error)[:160]}")
+            continue
+        bench.speed("peers", title, rows=1, tok_s=round(speed), peak_gib=bench.peak_gib(), loss=loss)
+    return {}
+
+
+def run_peer(bench: Bench, name: str) -> tuple[float, float]:
+    """Tokens a second, and the first logged loss."""
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import TrainerCallback
 
-    rows, warm_up, steps = sizes
-    base, parameters = random_base(preset, method, device)
-    if method == "qlora":
-        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    rows, warm_up, steps, preset, device = 1, WARM_UP, STEPS, bench.preset, bench.device
+    base, _ = random_base(preset, "qlora", device)
+    base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, lora)
     model.enable_input_require_grads()
+    bench.forget_peak()
     marks: list[float] = []
 
     class Clock(TrainerCallback):
@@ -58,7 +76,7 @@ def run_peer(
         trainer.train()
         loss = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
     seconds = marks[-1] - marks[warm_up - 1]
-    return steps * rows * preset.row_tokens / seconds, loss, parameters, "gradient checkpointing, SDPA, all logits"
+    return steps * rows * preset.row_tokens / seconds, loss
 
 
 def _transformers(model: Any, shared: dict[str, Any], rows: list[list[Any]]) -> Any:
