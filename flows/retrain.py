@@ -66,7 +66,7 @@ def retrain(  # noqa: PLR0913 - one parameter a section, as the form shows them
 
     Args:
         recipe: Name of a shipped recipe or a .yaml file of the project; of a deployment that allows it, a URL.
-        general: Name, seed, store and held-out fraction, where they differ from the recipe.
+        general: Name, seed, store, held-out fraction and the bound on lost data, where they differ from the recipe.
         base_model: Keys that differ from the recipe.
         schedule: Keys that differ from the recipe.
         normalize: Keys that differ from the recipe.

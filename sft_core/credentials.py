@@ -7,15 +7,16 @@ logs by `hide_in_logs`.
 
 A secret is: a password before `@`; a user name alone where there are no user names but tokens (`https://TOKEN@host`,
 `s3://KEY@bucket`); a value of the query or the fragment whose key says so (`sig`, `token`, `api_key`); a text that is a
-known kind of token, anywhere. A secret under a name that says nothing (`?code=...`) cannot be told.
+known kind of token, anywhere in the URL. A secret under a name that says nothing (`?code=...`) cannot be told.
 """
 
 import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 from urllib.parse import unquote
+
+from sft_core.log_records import change_message, change_records
 
 HIDDEN = "***"
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://(?:(?!::[A-Za-z][A-Za-z0-9+.-]*://)[^\s'\"<>`|\\])+")
@@ -87,26 +88,11 @@ def credentials_hidden() -> Iterator[None]:
 
 def hide_in_logs() -> None:
     """From now on no record of this process's logs, traceback included, holds a secret of a URL."""
-    make = logging.getLogRecordFactory()
-    if getattr(make, "hides_credentials", False):
-        return
-
-    def made(*arguments: Any, **options: Any) -> logging.LogRecord:
-        record = make(*arguments, **options)
-        _hide_in_record(record)
-        return record
-
-    made.hides_credentials = True  # type: ignore[attr-defined]
-    logging.setLogRecordFactory(made)
+    change_records(_hide_in_record)
 
 
 def _hide_in_record(record: logging.LogRecord) -> None:
-    try:
-        said = record.getMessage()
-    except (TypeError, ValueError, KeyError):  # arguments that do not fit: logging itself says so
-        return
-    if holds_credential(said):
-        record.msg, record.args = without_credentials(said), None
+    change_message(record, without_credentials)
     if record.exc_info and record.exc_info[1] is not None:
         hide_credentials(record.exc_info[1])  # for formatters that write tracebacks of their own
         record.exc_text = without_credentials(logging.Formatter().formatException(record.exc_info))

@@ -125,7 +125,7 @@ class Lease:
         """What a loser says."""
         return StoreError(
             f"{self._what}: this process was silent for over {self._holder.seconds:.0f} s, and another one took "
-            "over; it goes on from the last checkpoint, and this run can be started again to wait for it"
+            "over; it goes on with the work, and this run can be started again to wait for it"
         )
 
     def forget(self) -> None:

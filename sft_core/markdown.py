@@ -1,10 +1,12 @@
 """Text in Markdown that stays text: names that come from rows, recipes or a registry.
 
 In: any text. Out: Markdown (CommonMark, GitHub's tables and links) that a reader sees as that text, on one line. Runs
-of white space become one space; control characters, and marks that turn the order of a line around, are shown as signs.
+of white space become one space; what a terminal would obey, or nobody would see, is shown as a terminal shows it.
 """
 
 import re
+
+from sft_core.terminal import safe
 
 MARKUP = re.compile(
     r"[\\`*\[\]<>&|~$]"
@@ -19,7 +21,7 @@ def as_text(text: str) -> str:
     >>> as_text("**a** | <b> [c](http://d) bits_per_byte")
     '\\\\*\\\\*a\\\\*\\\\* \\\\| \\\\<b\\\\> \\\\[c\\\\](http\\\\://d) bits_per_byte'
     """
-    escaped = MARKUP.sub(r"\\\g<0>", one_line(text))
+    escaped = MARKUP.sub(r"\\\g<0>", _one_line(text))
     return re.sub(r"^[#+=-]|(?<=^\d)[.)]", r"\\\g<0>", escaped)  # a heading, a list
 
 
@@ -29,7 +31,7 @@ def as_code(text: str) -> str:
     >>> as_code("a`b")
     '``a`b``'
     """
-    line = one_line(text)
+    line = _one_line(text)
     fence = fence_around(line, 1)
     pad = " " if line.startswith("`") or line.endswith("`") or not line else ""
     return f"{fence}{pad}{line}{pad}{fence}"
@@ -47,14 +49,5 @@ def fence_around(text: str, least: int) -> str:
     return "`" * max(least, longest + 1)
 
 
-def one_line(text: str) -> str:
-    """White space as single spaces, control characters as pictures of them."""
-    return "".join(_shown(character) for character in " ".join(text.split()))
-
-
-def _shown(character: str) -> str:
-    code = ord(character)
-    if code < 32:
-        return chr(0x2400 + code)
-    hidden = code == 127 or 0x80 <= code < 0xA0 or 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069
-    return "\N{REPLACEMENT CHARACTER}" if hidden else character
+def _one_line(text: str) -> str:
+    return safe(" ".join(text.split()))

@@ -17,7 +17,7 @@ def panics_told(what: str) -> Iterator[None]:
     """ModelError in place of a panic. `what`: whose files were at work, for the message."""
     try:
         yield
-    except BaseException as error:
+    except BaseException as error:  # a panic is no Exception; all else is raised again
         if type(error).__name__ != PANIC:
             raise
         why = str(error).partition("\n")[0]

@@ -18,6 +18,8 @@ import re
 import sys
 from typing import TextIO
 
+from sft_core.log_records import change_message, change_records
+
 JOINERS = "\u200c\u200d"
 """Of emoji, Persian, Hindi. Between Latin letters they hide."""
 FLAG = "\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f"
@@ -68,17 +70,13 @@ def say(text: str, *, end: str = "\n", to_stderr: bool = False, flush: bool = Tr
         stream.flush()
 
 
-class SafeRecord(logging.LogRecord):
-    """A log record whose message is safe, whichever handler writes it."""
-
-    def getMessage(self) -> str:
-        """The message, made safe."""
-        return safe(super().getMessage())
+def _safe_record(record: logging.LogRecord) -> None:
+    change_message(record, safe)
 
 
 def guard() -> None:
     """From now on this process writes to its terminal, and logs, nothing but text and colours."""
-    logging.setLogRecordFactory(SafeRecord)
+    change_records(_safe_record)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             _guard(stream)

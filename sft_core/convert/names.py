@@ -10,12 +10,17 @@ from typing import Any
 
 import torch
 
+from sft_core.terminal import one_line
+
 MAX_DIMENSIONS = 64
 """Of a tensor; torch has no more either."""
 
 
 class Refused(Exception):
-    """The pickle does more than hold data, or is torn; the text says what."""
+    """The pickle does more than hold data, or is torn. The text says what in one line; names in it may be any text."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(one_line(why))
 
 
 class Inert:

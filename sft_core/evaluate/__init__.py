@@ -70,7 +70,7 @@ def _evaluate(
     examples, ledger = read_examples(conversations, tokenizer, template, model.max_length)
     network = _load(model)
     scores = _teacher_forced(network, examples, config.batch_size)
-    scores = _with_answers((network, tokenizer, template), examples, scores, config, (seed, scorer))
+    scores = _with_answers((network, tokenizer, template), examples, scores, config, seed, scorer)
     del network
     release_memory()  # the harness loads the model itself
     harness = run_harness(model.folder, config, trust_remote_code=model.trust_remote_code)
@@ -117,11 +117,11 @@ def _with_answers(
     examples: list[Any],
     scores: list[Score],
     config: EvaluateConfig,
-    seed_and_scorer: tuple[int, Any],
+    seed: int,
+    scorer: Any,
 ) -> list[Score]:
     """Generate where the last message is a trained answer, and where it calls tools, as many of each; which rows, is
     drawn by (seed, row_id)."""
-    seed, scorer = seed_and_scorer
     from sft_core.evaluate.examples import check_prompt
     from sft_core.evaluate.generation import generate_answers, stop_ids_of
 

@@ -70,5 +70,5 @@ class _Begun:
 def without_bom(lines: Iterable[bytes]) -> Iterator[bytes]:
     """A file's lines, the first without a byte order mark."""
     rest = iter(lines)
-    first = next(rest, b"")
-    return itertools.chain([first if isinstance(first, LongLine) else first.removeprefix(BOM)], rest)
+    first = (line if isinstance(line, LongLine) else line.removeprefix(BOM) for line in itertools.islice(rest, 1))
+    return itertools.chain(first, rest)

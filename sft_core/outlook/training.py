@@ -4,7 +4,7 @@ In: the recipe, the packed folder, the base model's folder. Out: warnings, a sen
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -53,19 +53,19 @@ def untrained_words(train: TrainConfig, base: Path, vocabulary: Vocabulary, used
     lora = train.lora
     if lora is None:
         return []
-    mend = _whole_rows(base) if _needs_whole_rows(train, base) else _single_rows
     found = [token for token in untrained_tokens(base, vocabulary, used) if not _is_adapted(lora, token)]
     written, read = ([token for token in found if token.is_output is output] for output in (True, False))
     if written:
+        key = _mend(train, base, [*written, *read])
         also = f", and never read {_listed(read)}" if read else ""
         return [
             f"the base model never learned to write {_listed(written)}{also}: the chat template uses that, the rows "
-            f"look untrained, and LoRA leaves them so. Answers may never end; set {mend([*written, *read])}"
+            f"look untrained, and LoRA leaves them so. Answers may never end; set {key}"
         ]
     if read:
         return [
             f"the base model never read {_listed(read)}: the chat template uses that, the row looks untrained, and "
-            f"LoRA leaves it so; set {mend(read)}"
+            f"LoRA leaves it so; set {_mend(train, base, read)}"
         ]
     return []
 
@@ -93,19 +93,15 @@ def _is_adapted(lora: LoraConfig, token: UntrainedToken) -> bool:
     return any(name.rpartition(".")[2] in rows for name in (*lora.modules_to_save, *targets))
 
 
-def _needs_whole_rows(train: TrainConfig, base: Path) -> bool:
-    """Whether single rows cannot be trained: ZeRO-3 holds parts of weights, PEFT leaves out a head's bias."""
+def _mend(train: TrainConfig, base: Path, tokens: Sequence[UntrainedToken]) -> str:
+    """The key that trains these tokens' rows: all rows, where single ones cannot be trained (ZeRO-3 holds parts of
+    weights, PEFT leaves out a head's bias)."""
     from sft_core.train.zero import deepspeed_config, zero_stage
 
-    return zero_stage(deepspeed_config(train)) == 3 or has_biased_head(base)
-
-
-def _whole_rows(base: Path) -> Callable[[Sequence[UntrainedToken]], str]:
-    names = [matrix.module for matrix in (input_matrix(base), output_matrix(base)) if matrix is not None]
-    return lambda _: f"train.lora.modules_to_save: [{', '.join(dict.fromkeys(names))}]"
-
-
-def _single_rows(tokens: Sequence[UntrainedToken]) -> str:
+    if zero_stage(deepspeed_config(train)) == 3 or has_biased_head(base):
+        matrices = (input_matrix(base), output_matrix(base))
+        names = dict.fromkeys(matrix.module for matrix in matrices if matrix is not None)
+        return f"train.lora.modules_to_save: [{', '.join(names)}]"
     return f"train.lora.trainable_tokens: {json.dumps([*dict.fromkeys(t.token for t in tokens)])}"
 
 

@@ -25,8 +25,6 @@ KEYS = frozenset({"content", "tool_calls", "name", "tool_call_id", "reasoning_co
 REASONING_ALIASES = ("reasoning", "thinking")
 """Older names of `reasoning_content`."""
 SMALL_CHARACTERS = 100_000
-REFUSALS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
-"""What a template raises, or lets Python raise."""
 NEXT = "next"
 """A user's message that shows how a rendering goes on."""
 

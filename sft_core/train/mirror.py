@@ -16,13 +16,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from sft_core.artifacts import StoredFile
+from sft_core.artifacts import StoredFile, is_inside
 from sft_core.errors import StoreError
 from sft_core.lease import Lease
 from sft_core.store_cache import list_files
 from sft_core.store_files import StoreFiles
+from sft_core.terminal import say
 from sft_core.train.best import best_in
 from sft_core.train.checkpoints import complete_checkpoints, step_of
 from sft_core.train.sound import newest_sound
@@ -72,7 +73,7 @@ class Mirror:
         """The mirror's address, for people."""
         return self._files.show(self._address)
 
-    def fetch(self, on_line: Callable[[str], None] = print) -> str | None:
+    def fetch(self, on_line: Callable[[str], None] = say) -> str | None:
         """Put the newest whole checkpoint of the store, and the best one, beside the local ones; its name, or None
         where the local one is as new. One that is not what was sent is passed over, with a line."""
         local = newest_sound(self._work, on_line)
@@ -153,7 +154,7 @@ class Mirror:
         try:
             mark = json.loads(self._files.cat_file(f"{there}/{MARK}"))
             for file in mark:
-                if ".." in PurePosixPath(file).parts or file.startswith("/"):
+                if not is_inside(file):
                     raise ValueError(file)
                 (part / file).parent.mkdir(parents=True, exist_ok=True)
                 self._files.get_file(f"{there}/{file}", str(part / file))

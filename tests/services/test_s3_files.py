@@ -13,9 +13,10 @@ import pytest
 from sft_core.artifacts import Manifest
 from sft_core.errors import StoreError
 from sft_core.lease import hold
-from sft_core.store import Store, list_files
+from sft_core.store import Store
 from sft_core.store_files import StoreFiles
 from tests.services.s3 import BUCKET, KEYS, S3Server, s3, s3_server  # noqa: F401 - s3 is a fixture
+from tests.sft_core.manifests import manifest_of
 
 FINGERPRINT = "cd" * 32
 PART_BYTES = 5 * 2**20
@@ -38,25 +39,7 @@ def publish(store: Store, text: str = "hello") -> Manifest:
         (folder / "sub").mkdir()
         (folder / "sub" / "data.txt").write_text(text)
         (folder / "empty").touch()
-        return store.publish(folder, manifest_of(folder))
-
-
-def manifest_of(folder: Path) -> Manifest:
-    return Manifest(
-        kind="PackedDataset",
-        step="pack",
-        name="test:pack",
-        fingerprint=FINGERPRINT,
-        parts={},
-        inputs={},
-        files=list_files(folder),
-        ledger={},
-        facts={},
-        versions={},
-        device="cpu",
-        started="2026-01-01T00:00:00+00:00",
-        took_seconds=0.0,
-    )
+        return store.publish(folder, manifest_of(folder, FINGERPRINT))
 
 
 def key(store: Store, name: str) -> str:

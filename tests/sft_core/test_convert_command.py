@@ -181,6 +181,10 @@ class Touch:
 
 HOSTILE: dict[str, tuple[Any, str]] = {
     "runs": (lambda path: torch.save({"state_dict": {"x": Touch()}}, path), "the pickle names posix.system"),
+    "name of two lines": (
+        lambda path: _zipped(path, b"\x80\x04\x8c\x02os\x8c\x05sy\nst\x93."),
+        "the pickle names os.sy\u240ast, which no checkpoint",
+    ),
     "inst": (lambda path: _zipped(path, b"(S'touch executed'\nios\nsystem\n."), "the opcode INST"),
     "long": (lambda path: _zipped(path, b"\x80\x02X" + struct.pack("<I", 2**31 - 1) + b"a."), "torn"),
     "legacy": (lambda path: path.write_bytes(pickle.dumps(Touch())), "torn, or not a zip file"),

@@ -99,7 +99,7 @@ def test_a_bare_address_becomes_no_link() -> None:
 
 def test_a_name_of_several_lines_is_one_line() -> None:
     assert as_text("a\n\n# b\t c\r\n- d\u2028e") == "a # b c - d e"
-    assert as_text("\x1b[31mred\x07\u202egnp") == "\u241b\\[31mred\u2407\ufffdgnp"
+    assert as_text("\x1b[31mred\x07\u202egnp") == "\u241b\\[31mred\u2407\\\\u202egnp"
 
 
 def test_a_block_of_code_is_not_ended_by_what_is_in_it() -> None:

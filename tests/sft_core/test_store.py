@@ -7,7 +7,8 @@ import pytest
 
 from sft_core.artifacts import Manifest, check_ledger
 from sft_core.errors import StoreError
-from sft_core.store import Store, list_files
+from sft_core.store import Store
+from tests.sft_core.manifests import manifest_of
 
 FINGERPRINT = "ab" * 32
 
@@ -16,22 +17,7 @@ def publish(store: Store, text: str = "hello", fingerprint: str = FINGERPRINT) -
     with store.staging("pack") as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "data.txt").write_text(text)
-        manifest = Manifest(
-            kind="PackedDataset",
-            step="pack",
-            name="test:pack",
-            fingerprint=fingerprint,
-            parts={"seed": 1},
-            inputs={},
-            files=list_files(folder),
-            ledger={},
-            facts={},
-            versions={},
-            device="cpu",
-            started="2026-01-01T00:00:00+00:00",
-            took_seconds=0.0,
-        )
-        return store.publish(folder, manifest)
+        return store.publish(folder, manifest_of(folder, fingerprint, seed=1))
 
 
 @pytest.fixture(params=["disk", "memory"])

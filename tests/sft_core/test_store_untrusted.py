@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from sft_core import lease
-from sft_core.artifacts import Manifest
 from sft_core.errors import StoreError
 from sft_core.lease import hold, live_holder
 from sft_core.shards import parse_shard_list
-from sft_core.store import Store, list_files
+from sft_core.store import Store
 from sft_core.store_survey import damage, survey
+from tests.sft_core.manifests import manifest_of
 from tests.sft_core.test_store import FINGERPRINT, publish, store
 from tests.sft_core.test_store_lease import files
 
@@ -100,22 +100,7 @@ def sharded(store: Store, shards: list[dict[str, Any]]) -> None:
         (folder / "train").mkdir()
         (folder / "train" / "part-00000.parquet").write_text("hello")
         (folder / "shards.json").write_text(json.dumps(shards))
-        manifest = Manifest(
-            kind="PackedDataset",
-            step="pack",
-            name="test:pack",
-            fingerprint=FINGERPRINT,
-            parts={},
-            inputs={},
-            files=list_files(folder),
-            ledger={},
-            facts={},
-            versions={},
-            device="cpu",
-            started="2026-01-01T00:00:00+00:00",
-            took_seconds=0.0,
-        )
-        store.publish(folder, manifest)
+        store.publish(folder, manifest_of(folder, FINGERPRINT))
     store.remember("test/pack", "pack", FINGERPRINT)
 
 

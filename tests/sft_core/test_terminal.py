@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import pytest
 
 from cli.chat import _show
 from cli.console import SafeConsole
-from sft_core.terminal import SafeRecord, one_line, safe, safe_error
+from sft_core.terminal import one_line, safe, safe_error
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 300
@@ -75,9 +74,18 @@ def test_answers_are_safe_however_they_are_cut(capsys: pytest.CaptureFixture[str
     assert shown == "a\x1b]52;c;ZQ==\x07\r\u202e\U0001f468\u200d\U0001f469", "the talk holds what the model said"
 
 
-def test_log_records_are_safe():
-    record = SafeRecord("a", logging.INFO, "f", 1, "row %s", ("\x1b[2J",), None)
-    assert logging.Formatter("%(message)s").format(record) == "row ␛[2J"
+@pytest.mark.parametrize(
+    "begins", ["import sft_cli; guard()", "guard(); import sft_cli", "guard(); import sft_cli; guard()"]
+)
+def test_log_records_are_safe_and_hold_no_secret_whoever_comes_first(begins: str):
+    """`import sft_cli` hides secrets in logs, as every command of ours does; what it also guards must not undo that."""
+    logs = 'logging.basicConfig(format="%(message)s"); logging.warning("row %s of %s", "\x1b[2J", "https://me:pw@host/a?sig=b")'
+    program = f"import logging; from sft_core.terminal import guard; {begins}; {logs}; logging.warning('%d', 'x')"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.stderr.splitlines()[0] == "row ␛[2J of https://***@host/a?sig=***"
+    assert "TypeError: %d format" in done.stderr  # arguments that do not fit are told as ever
 
 
 def printed(folder: Path, *arguments: str) -> str:
