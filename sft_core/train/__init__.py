@@ -66,19 +66,7 @@ def train_adapter(
             on_line(note_of(newest, config, num_processes))
     for note in check_folder(inputs.base_model, inputs.trust_remote_code, numbers=True):
         on_line(f"note: {note}")
-    spec = TrainSpec(
-        packed=str(inputs.packed.resolve()),
-        base_model=str(inputs.base_model),
-        trust_remote_code=inputs.trust_remote_code,
-        train=config.model_dump(mode="json"),
-        seed=seed,
-        checkpoints=str(work),
-        metrics=str(work / "metrics.jsonl"),
-        conversations=str(inputs.conversations) if inputs.conversations else None,
-        resize=resize,
-        silence_seconds=inputs.silence_seconds,
-        cuda=gpus > 0,
-    )
+    spec = _spec(inputs, config, seed, resize=resize, cuda=gpus > 0)
     (work / MAPPED).unlink(missing_ok=True)  # made anew from what was compared with its hashes
     spec.write(work / "spec.json")
     run_training(work / "spec.json", num_processes, work / "train.log", on_line, inputs.launch, inputs.check)
@@ -109,6 +97,24 @@ def train_adapter(
             **(chosen_split(mark, config, num_processes) if mark is not None and mark.rows_at_once else {}),
             **({"best_optimizer_step": best.optimizer_step, "best_eval_loss": best.eval_loss} if best else {}),
         }
+    )
+
+
+def _spec(inputs: TrainInputs, config: TrainConfig, seed: int, *, resize: bool, cuda: bool) -> TrainSpec:
+    """What the ranks are told."""
+    work = inputs.work.resolve()
+    return TrainSpec(
+        packed=str(inputs.packed.resolve()),
+        base_model=str(inputs.base_model),
+        trust_remote_code=inputs.trust_remote_code,
+        train=config.model_dump(mode="json"),
+        seed=seed,
+        checkpoints=str(work),
+        metrics=str(work / "metrics.jsonl"),
+        conversations=str(inputs.conversations) if inputs.conversations else None,
+        resize=resize,
+        silence_seconds=inputs.silence_seconds,
+        cuda=cuda,
     )
 
 
