@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, TypeVar, cast
 
 from mlflow.entities import ViewType
@@ -116,7 +116,13 @@ class LockFiles:
         found = self._find(path)
         if found is None or found.lifecycle_stage != "active":
             return
-        _asked(lambda: client().set_experiment_tag(found.experiment_id, HOLDER, data.decode()))
+        try:
+            _asked(lambda: client().set_experiment_tag(found.experiment_id, HOLDER, data.decode()))
+        except StoreError:
+            found = client().get_experiment(found.experiment_id)
+            if found.lifecycle_stage == "active":
+                raise
+            return  # another one deleted it in between
         if json.loads(data)["released"]:
             self.remove(path)
 
@@ -124,7 +130,8 @@ class LockFiles:
         """Delete the experiment; nothing happens where there is none."""
         found = self._find(path)
         if found is not None and found.lifecycle_stage == "active":
-            _asked(lambda: client().delete_experiment(found.experiment_id))
+            with suppress(FileNotFoundError):  # another one deleted it in between
+                _asked(lambda: client().delete_experiment(found.experiment_id))
 
     def _find(self, path: str) -> Any:
         return _asked(lambda: client().get_experiment_by_name(self._experiment(path)))
@@ -143,6 +150,8 @@ def _asked(request: Callable[[], Value]) -> Value:
     except MlflowException as error:
         if error.error_code == "RESOURCE_ALREADY_EXISTS":
             raise FileExistsError from None
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            raise FileNotFoundError from None
         raise StoreError(f"MLflow: {first_line(error)}") from error
     except TrackingError as error:
         raise StoreError(str(error)) from error

@@ -122,8 +122,11 @@ def _chunks(inner: Any) -> bool:
 
 
 def _loss(inner: Any, hidden: torch.Tensor, targets: torch.Tensor, chunked: bool) -> torch.Tensor:
-    """As training takes it where every token is supervised; `hidden` (tokens, hidden_size)."""
+    """As training takes it where every token is supervised; `hidden` (tokens, hidden_size). transformers' own
+    `slice_logits_to_keep` picks the positions by an index as wide as the hidden states."""
     head = inner.get_output_embeddings()
+    index = torch.arange(len(hidden), device=hidden.device)[:, None].expand(-1, hidden.shape[-1]) % len(hidden)
+    hidden = hidden.gather(0, index)
     if chunked:
         rows = max(1, CHUNK_BYTES // (4 * inner.config.get_text_config().vocab_size))
         total: torch.Tensor = _ChunkedSum.apply(hidden, targets, head.forward, rows)  # type: ignore[no-untyped-call]

@@ -31,6 +31,25 @@ def check_rotary(model: Any) -> None:
             )
 
 
+def restore_rotary(model: Any) -> None:
+    """Make the frequencies of rotary positions anew, in float32. ZeRO-3 builds a model in its compute dtype, and so
+    rounds what its constructors compute (`zero.Init` of DeepSpeed 0.19.8 wraps `torch.arange`). Where a module cannot
+    be made from its configuration alone, `check_rotary` speaks."""
+    for module in model.modules():
+        halves = {
+            name
+            for name, buffer in module.named_buffers(recurse=False)
+            if name.endswith("inv_freq") and buffer.dtype in HALF
+        }
+        if halves and hasattr(module, "config"):
+            try:
+                exact = type(module)(module.config)
+            except TypeError:
+                continue
+            for name in halves:
+                setattr(module, name, getattr(exact, name).to(getattr(module, name).device))
+
+
 def be_deterministic() -> None:
     """From here on torch takes slower algorithms that give the same bits each time, or raises. Not by warnings alone:
     flash attention's backward pass goes by atomics then. Source: torch's notes on reproducibility."""

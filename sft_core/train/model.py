@@ -18,6 +18,7 @@ from sft_core.errors import ModelError
 from sft_core.recipe import TrainConfig
 from sft_core.train.fit import adapter_settings, not_adaptable
 from sft_core.train.initial import initialise
+from sft_core.train.machine import restore_rotary
 from sft_core.train.targets import ALL_LINEAR, fused_experts
 from sft_core.train.token_rows import train_rows_alone
 
@@ -51,6 +52,8 @@ def load_base(path: str | Path, train: TrainConfig, trust_remote_code: bool) -> 
         attn_implementation="sdpa",
         output_loading_info=True,
     )
+    if is_deepspeed_zero3_enabled():
+        restore_rotary(model)
     parameters = {name for name, _ in model.named_parameters()}
     random = sorted(parameters.intersection(report["missing_keys"]))
     if random:

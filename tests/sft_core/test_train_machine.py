@@ -17,7 +17,7 @@ from sft_core.recipe import LoraConfig
 from sft_core.train import launchers
 from sft_core.train.initial import largest_part
 from sft_core.train.launchers import training_environment
-from sft_core.train.machine import be_deterministic, check_rotary
+from sft_core.train.machine import be_deterministic, check_rotary, restore_rotary
 from sft_core.train.model import freeze, load_base
 from sft_core.train.zero import PRESETS, deepspeed_config
 from tests.sft_core.architectures import SMALL
@@ -37,6 +37,20 @@ def test_sixteen_bit_frequencies_are_refused(kind: str) -> None:
     with pytest.raises(TrainError, match=r"inv_freq is held in bfloat16.*Update DeepSpeed \(0\.19\.8 or later"):
         check_rotary(model)
     check_rotary(tiny(kind))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_sixteen_bit_frequencies_are_made_anew(kind: str) -> None:
+    """As ZeRO-3 leaves them: rounded for good, so no cast brings them back."""
+    model, plain = tiny(kind).to(torch.bfloat16), tiny(kind)
+    restore_rotary(model)
+    check_rotary(model)
+    exact = {name: buffer for name, buffer in plain.named_buffers() if name.endswith("inv_freq")}
+    found = {name: buffer for name, buffer in model.named_buffers() if name in exact}
+    assert len(exact) == 2
+    for name, buffer in exact.items():
+        assert torch.equal(found[name], buffer), name
+        assert not torch.equal(buffer, buffer.bfloat16().float()), name
 
 
 def test_a_training_with_sixteen_bit_frequencies_does_not_begin(

@@ -90,6 +90,19 @@ def test_of_many_at_once_one_holds_it(empty_registry: MlflowClient, monkeypatch:
     assert most == [1] * 4
 
 
+def test_what_another_one_deleted_between_look_and_delete_is_no_fault(
+    empty_registry: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, path = registry_lock.LockFiles("orders"), "orders/00000001.json"
+    assert files.create(path, b'{"released": false}')
+    as_seen = empty_registry.get_experiment_by_name(seen(empty_registry)[0])
+    files.remove(path)
+    assert seen(empty_registry) == []
+    monkeypatch.setattr(files, "_find", lambda _: as_seen)
+    files.remove(path)
+    files.write(path, b'{"released": false}')
+
+
 def test_a_clock_that_is_ten_minutes_off_lets_nobody_in(
     empty_registry: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
