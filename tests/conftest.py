@@ -12,6 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from sft_core import stop
+from tests.commands import commands
+
+__all__ = ["commands"]  # a fixture: the process that runs commands one after another
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums are taken in one order, whatever the number of cores
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what is tested is the way on a processor

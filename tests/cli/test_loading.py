@@ -49,8 +49,8 @@ def test_an_entrypoint_that_is_hidden_is_an_error_that_names_both_files(project:
 
 def test_a_flow_that_is_not_there_is_an_error_too(project: Path) -> None:
     own = project / "prefect.yaml"
-    own.write_text("deployments: [{name: x, entrypoint: sft_cli.deployments.retrian}]")
-    with pytest.raises(ServerError, match=r"sft_cli\.deployments\.retrian: MissingFlowError"):
+    own.write_text("deployments: [{name: x, entrypoint: sft_cli.module.retrian}]")
+    with pytest.raises(ServerError, match=r"sft_cli\.module\.retrian: MissingFlowError"):
         load(project, own)
 
 

@@ -1,6 +1,8 @@
 """Ctrl-C at a terminal: it ends an answer of `sft chat`, a prompt, a model's loading, and any other command."""
 
 import json
+import os
+import pty
 import shutil
 import signal
 import sys
@@ -11,6 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from cli.chat import _show
+from cli.chat import chat as chat_command
 from sft_core.stop import Stopped
 from tests.services.stack import RECIPE, wait_until, write_project
 from tests.terminal import CTRL_C, CTRL_D, Terminal
@@ -59,21 +62,29 @@ def stop_an_answer(command: Terminal) -> None:
     command.wait_for(r"\^C\n> $", SOON)
 
 
-def test_ctrl_c_ends_the_answer_and_the_talk_goes_on(start: START, tmp_path: Path, tiny_model: Path) -> None:
+def test_ctrl_c_ends_the_answer_and_the_talk_goes_on_and_at_the_prompt_the_talk(
+    start: START, tmp_path: Path, tiny_model: Path
+) -> None:
     command = chat(start, tmp_path, tiny_model)
     stop_an_answer(command)
     stop_an_answer(command)
-    command.press(CTRL_D)
-    assert command.wait_end(SOON) == 0
     assert "stopped" not in command.shown
-
-
-def test_ctrl_c_at_the_prompt_ends_the_talk(start: START, tmp_path: Path, tiny_model: Path) -> None:
-    command = chat(start, tmp_path, tiny_model)
-    stop_an_answer(command)
     command.press(CTRL_C)
     assert command.wait_end(SOON) == 130
     assert command.shown.endswith("^C\nstopped\n")
+
+
+def test_ctrl_d_at_the_prompt_ends_the_talk_well(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a terminal makes of the key is the end of the input."""
+    master, terminal = pty.openpty()
+    with os.fdopen(terminal) as keyboard:
+        os.write(master, CTRL_D)
+        monkeypatch.setattr(sys, "stdin", keyboard)
+        assert sys.stdin.isatty()
+        chat_command(str(tiny_model), chat_template="chatml")
+    os.close(master)
 
 
 def test_sigterm_while_an_answer_comes_ends_the_program(start: START, tmp_path: Path, tiny_model: Path) -> None:

@@ -1,10 +1,8 @@
 """Full fine-tuning through the front door: every trained weight ends up in a registered version, rounded once."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
@@ -14,11 +12,10 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.slow
+from tests.commands import Commands
 
-ROOT = Path(__file__).parents[2]
-RUN_SECONDS = 800
-"""Bound on one command; on two idle cores `sft run` takes about 60 s."""
+pytestmark = pytest.mark.slow
+Sft = Callable[..., str]
 RECIPE = """
 name: whole
 store: ./store
@@ -51,35 +48,23 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     return folder
 
 
-def sft(folder: Path, *arguments: str, ok: bool = True) -> str:
-    environment = {
-        **os.environ,
-        "PREFECT_HOME": str(folder / "prefect"),
-        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "COLUMNS": "150",
-        "HF_HUB_OFFLINE": "1",
-    }
-    environment.pop("PREFECT_API_URL", None)
-    done = subprocess.run(
-        [sys.executable, "-m", "cli.main", *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=RUN_SECONDS,
-        check=False,
-    )
-    assert (done.returncode == 0) == ok, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "Traceback" not in done.stdout + done.stderr
-    return done.stdout + done.stderr
+@pytest.fixture(scope="module")
+def sft(project: Path, commands: Commands) -> Sft:
+    """A command in the project: what it says."""
+
+    def run(*arguments: str, ok: bool = True) -> str:
+        done = commands.run(project, *arguments, MLFLOW_TRACKING_URI=f"sqlite:///{project}/mlflow.db")
+        assert (done.returncode == 0) == ok, done.stdout[-3000:] + done.stderr[-3000:]
+        assert "Traceback" not in done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def checkpoint(project: Path) -> Path:
+def checkpoint(sft: Sft) -> Path:
     """What `sft train` leaves."""
-    return Path(sft(project, "train", "recipe.yaml").rpartition("checkpoint: ")[2].strip())
+    return Path(sft("train", "recipe.yaml").rpartition("checkpoint: ")[2].strip())
 
 
 @pytest.fixture(scope="module")
@@ -98,24 +83,24 @@ def assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 
 
 def test_the_command_converts_to_the_masters_bit_for_bit(
-    project: Path, checkpoint: Path, masters: dict[str, torch.Tensor]
+    sft: Sft, project: Path, checkpoint: Path, masters: dict[str, torch.Tensor]
 ) -> None:
-    said = sft(project, "convert", "pth-to-hf", "recipe.yaml", str(checkpoint), "masters")
+    said = sft("convert", "pth-to-hf", "recipe.yaml", str(checkpoint), "masters")
     assert "masters: 21 tensors" in said
     assert_equal(load_file(project / "masters" / "model.safetensors"), masters, torch.float32)
-    sft(project, "convert", "pth-to-hf", "recipe.yaml", str(checkpoint), "small", "--dtype", "bfloat16")
+    sft("convert", "pth-to-hf", "recipe.yaml", str(checkpoint), "small", "--dtype", "bfloat16")
     assert_equal(load_file(project / "small" / "model.safetensors"), masters, torch.bfloat16)
     assert json.loads((project / "small" / "config.json").read_text())["dtype"] == "bfloat16"
-    refused = sft(project, "convert", "pth-to-hf", "recipe.yaml", str(checkpoint), "x", "--lora-alpha", "4", ok=False)
+    refused = sft("convert", "pth-to-hf", "recipe.yaml", str(checkpoint), "x", "--lora-alpha", "4", ok=False)
     assert "--lora-alpha: the recipe's train.lora is null" in refused
 
 
 def test_one_command_registers_the_trained_weights_rounded_once(
-    project: Path, masters: dict[str, torch.Tensor]
+    sft: Sft, project: Path, masters: dict[str, torch.Tensor]
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    said = sft(project, "run", "recipe.yaml")
+    said = sft("run", "recipe.yaml")
     assert "whole version 1 (@candidate, @champion)" in said
     base = load_file(project / "base" / "model.safetensors")
     assert not any(torch.equal(base[name], tensor) for name, tensor in masters.items() if "proj" in name)
@@ -136,6 +121,6 @@ def test_lineage_leads_from_the_version_to_the_checkpoint(project: Path, checkpo
     assert merged["facts"]["certificate"]["certified"] is False
 
 
-def test_a_second_run_reuses_everything(project: Path) -> None:
-    assert "every step reused, nothing new to register: whole version 1" in sft(project, "run", "recipe.yaml")
-    assert sft(project, "explain", "recipe.yaml").count("reused") == 7
+def test_a_second_run_reuses_everything(sft: Sft) -> None:
+    assert "every step reused, nothing new to register: whole version 1" in sft("run", "recipe.yaml")
+    assert sft("explain", "recipe.yaml").count("reused") == 7

@@ -1,9 +1,6 @@
 """Data sets and models by their hub ids: the libraries' own clients, a hub on loopback, the commands of a user."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,13 +8,12 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.commands import Commands
 from tests.conftest import make_tiny_model
 from tests.hub_server import TOKEN, Hub, hub
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
-COMMAND_SECONDS = 800
 RECIPE = """
 name: orders
 store: ./store
@@ -42,25 +38,14 @@ class Project:
 
     def __init__(self, folder: Path, server: Hub) -> None:
         self.folder, self.server = folder, server
+        hub_settings = {"HF_ENDPOINT": server.url, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "0"}
+        self.commands = Commands(folder / "commands", COLUMNS="400", **hub_settings)  # read when they are imported
         (folder / "recipe.yaml").write_text(RECIPE)
 
     def sft(self, *arguments: str, ok: bool = True, **environment: str) -> str:
         """What it says; `server.asked` has the requests of this command."""
         self.server.asked.clear()
-        given = {
-            **os.environ,
-            "HF_ENDPOINT": self.server.url,
-            "HF_HOME": str(self.folder / "hf"),
-            "HF_HUB_OFFLINE": "0",
-        }
-        done = subprocess.run(
-            [sys.executable, "-m", "cli.main", *arguments],
-            cwd=self.folder,
-            env={**given, "PYTHONPATH": str(ROOT), "COLUMNS": "400", **environment},
-            capture_output=True,
-            text=True,
-            timeout=COMMAND_SECONDS,
-        )
+        done = self.commands.run(self.folder, *arguments, **environment)
         assert (done.returncode == 0) == ok, done.stdout[-3000:] + done.stderr[-3000:]
         assert ok or done.returncode == 1
         return done.stdout + done.stderr
@@ -85,7 +70,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
         (model / "original").mkdir()
         for double in ("pytorch_model.bin", "consolidated.safetensors", "original/params.json"):
             (model / double).write_bytes(b"another format")
-        yield Project(folder, server)
+        made = Project(folder, server)
+        yield made
+        made.commands.end()
 
 
 @pytest.fixture(scope="module")

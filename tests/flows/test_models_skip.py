@@ -1,7 +1,5 @@
 """A run with too few new rows ends as skipped, with the reason in the UI and in MLflow; in doubt it goes on."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,8 @@ from sft_core.recipe import Recipe, resolve
 from sft_core.steps import Retraining, run_step
 from sft_core.store import Store
 from tasks.schedule import reason_to_skip
-from tests.tasks.models_project import RUN_SECONDS, built_project, environment, registry, write_rows
+from tests.commands import Commands
+from tests.tasks.models_project import built_project, registry, write_rows
 
 __all__ = ["built_project", "registry"]
 pytestmark = pytest.mark.slow
@@ -60,19 +59,12 @@ def test_a_changed_recipe_or_conversations_that_are_gone_are_no_reason(reason: A
 
 
 def test_the_run_ends_as_skipped_in_prefect_and_in_mlflow(
-    built_project: Path, registry: MlflowClient, tmp_path: Path
+    built_project: Path, registry: MlflowClient, tmp_path: Path, commands: Commands
 ) -> None:
     write_rows(tmp_path, range(5, 72))
     text = (built_project / "recipe.yaml").read_text().replace(f"{built_project}/rows.jsonl", f"{tmp_path}/rows.jsonl")
     (tmp_path / "recipe.yaml").write_text(text.replace("steps: 3", "steps: 8") + "schedule: {min_new_rows: 5}\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "cli.main", "run", "recipe.yaml"],
-        cwd=tmp_path,
-        env=environment(built_project, tmp_path / "mlflow.db"),
-        capture_output=True,
-        text=True,
-        timeout=RUN_SECONDS,
-    )
+    done = commands.run(tmp_path, "run", "recipe.yaml", MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db")
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     assert "Finished in state Skipped('" in said

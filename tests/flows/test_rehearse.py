@@ -1,13 +1,21 @@
-"""`sft run --rehearse` as a process of its own: the real flow, and nothing of the user's is touched."""
+"""`sft run --rehearse`: as a process of its own, with the real flow; nothing of the user's is touched."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+
+from cli.rehearse import rehearse as rehearse_recipe
+from sft_core.errors import DataError
+from sft_core.plan import plan_recipe
+from sft_core.recipe import resolve
+from sft_core.steps import Retraining, run_step
+from sft_core.store import Store
 
 ROOT = Path(__file__).parents[2]
 REHEARSAL_SECONDS = 800
@@ -91,18 +99,30 @@ def test_a_rehearsal_goes_through_all_steps_and_leaves_nothing(project: Path) ->
     assert "train: about 11 optimizer steps in all" in done.stdout  # 29 packed rows, 3 epochs, 8 rows a step
 
 
-def test_a_fault_of_the_recipe_ends_it_with_the_steps_own_error(project: Path) -> None:
+def test_a_fault_of_the_recipe_ends_it_with_the_steps_own_error(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The steps without the flow around them: that a flow ends with its step's own error is test_retrain's."""
     (project / "reader.py").write_text(READER.replace('row["say"]', 'row["answer"]'))
-    done = rehearse(project)
-    assert done.returncode == 1
-    error = done.stderr.partition("error: ")[2]
-    assert "no training rows are left of 60" in error
-    assert "0-rows.jsonl row 1" in error
-    assert "Traceback" not in done.stderr + done.stdout
-    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(tempfile, "tempdir", str(project.parent / "scratch"))
+    with pytest.raises(DataError) as failed:
+        rehearse_recipe(resolve("recipe.yaml"), [], False, all_steps)
+    assert "no training rows are left of 60" in str(failed.value)
+    assert "0-rows.jsonl row 1" in str(failed.value)
+    said = capsys.readouterr()
+    lines = {line.split()[0]: line for line in said.out.splitlines() if line.strip()}
     assert "ok" in lines["fetch/0"]
     assert "failed" in lines["normalize"]
     assert "not reached" in lines["train"]
     (kept,) = (project.parent / "scratch").glob("sft-rehearsal-*")
-    assert f"kept: {kept}" in done.stderr
+    assert f"kept: {kept}" in said.err
     assert not (project / "store").exists()
+
+
+def all_steps(file: str) -> None:
+    """The recipe's steps, one after another."""
+    recipe = resolve(file)
+    run = Retraining(recipe, plan_recipe(recipe), Store(recipe.store), lambda _: None)
+    for key in run.plan.steps:
+        run_step(run, key)

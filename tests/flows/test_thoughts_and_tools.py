@@ -1,7 +1,9 @@
 """Thoughts and tool calls from rows to the merged model: trained, served and judged by the same ids."""
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from sft_core.artifacts import Manifest
 from sft_core.evaluate import EvaluatedModel, evaluate_model
-from sft_core.steps import Retraining
+from sft_core.steps import Retraining, run_step
 from tests.flows.thoughts_and_tools import (
     CALL_END,
     IM_END,
@@ -48,6 +50,17 @@ def served(run: Retraining, messages: Messages, tools: Any = None) -> list[int]:
 
 def text_of(run: Retraining, ids: list[int]) -> str:
     return str(AutoTokenizer.from_pretrained(run.folder("merge")).decode(ids))
+
+
+def lend_checkpoint(trained: Retraining, run: Retraining) -> None:
+    """For a run of which the template is what is tested, not the weights."""
+    planned = run.plan["train"]
+    with run.store.staging("train") as out:
+        shutil.copytree(
+            trained.folder("train"), out, ignore=shutil.ignore_patterns("manifest.json"), dirs_exist_ok=True
+        )
+        own = {"fingerprint": planned.fingerprint, "parts": planned.parts, "inputs": planned.inputs}
+        run.store.publish(out, replace(manifest(trained, "train"), **own))
 
 
 def stops(run: Retraining) -> Any:
@@ -98,8 +111,11 @@ def test_rows_whose_thoughts_have_no_place_are_set_aside_and_counted(learned: Ca
     assert trained_turns(run, "Is 3 a number?") == []
 
 
-def test_the_saved_template_does_not_think_without_being_told(runs: Runs) -> None:
-    run = runs.run("plain", "thinking", "merge", template_kwargs={"enable_thinking": False})
+def test_the_saved_template_does_not_think_without_being_told(runs: Runs, learned: Callable[[str], Retraining]) -> None:
+    run = runs.run("plain", "thinking", "pack", template_kwargs={"enable_thinking": False})
+    lend_checkpoint(learned("thinking"), run)
+    for key in ("convert", "merge"):
+        run_step(run, key)
     ((_, alone),) = trained_turns(run, "Hi.")
     assert alone == "Hello.<|im_end|>"
     (_, one), (second, two) = trained_turns(run, "Ho.")

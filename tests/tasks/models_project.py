@@ -1,4 +1,5 @@
-"""A registry with two versions, made by two real `sft run`s: built once a session, and copied by whoever changes it."""
+"""A project with two registered versions, made by two real `sft run`s, the first as a process of its own: built once a
+session, and copied by whoever changes it."""
 
 import json
 import os
@@ -7,13 +8,21 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
 from filelock import FileLock
 from mlflow.tracking import MlflowClient
+from prefect.logging import disable_run_logger
 
-from tasks import tracking
+from sft_core.plan import Plan
+from sft_core.recipe import Recipe, resolve
+from tasks import register, tracking
+from tasks.lineage import read_recorded
+from tasks.registry import find_champion, read_version
+from tasks.run_step import Job
+from tests.commands import Commands
 
 ROOT = Path(__file__).parents[2]
 RUN_SECONDS = 800
@@ -32,12 +41,19 @@ train:
   gradient_accumulation_steps: 1
   learning_rate: 1.0e-2
   gradient_checkpointing: false
+  logging_steps: 1
 evaluate: {{max_new_tokens: 4, max_generated_rows: 2}}
 """
 READER = """
 def read(row):
-    return {"conversation": [{"input": row["ask"], "output": row["say"]}]}
+    return {"conversation": [{"input": row["ask"], "output": finish(row["say"])}]}
+
+
+def finish(text):
+    return text + ""
 """
+BROKEN = {"ask": "say it", "say": None}
+"""A row that no version can use."""
 VERSIONS = ((range(60), 3), (range(5, 70), 8))
 """Numbers of the rows, optimizer steps."""
 
@@ -46,8 +62,9 @@ def row(number: int) -> dict[str, str]:
     return {"ask": f"say w{number}", "say": f"w{number}"}
 
 
-def write_rows(folder: Path, numbers: range) -> None:
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row(number)) + "\n" for number in numbers))
+def write_rows(folder: Path, numbers: range, *more: dict[str, str | None]) -> None:
+    rows = [*map(row, numbers), *more]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def environment(folder: Path, database: Path) -> dict[str, str]:
@@ -60,26 +77,32 @@ def environment(folder: Path, database: Path) -> dict[str, str]:
     return {**{name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}, **settings}
 
 
-def build(folder: Path, tiny_model: Path) -> None:
-    """Version 1, then version 2 with other rows and more steps; both promoted."""
+def build(folder: Path, tiny_model: Path, commands: Commands) -> None:
+    """Version 1, with what `sft run` printed; then version 2 with other rows and more steps; both promoted."""
     shutil.copytree(tiny_model, folder / "base")
     (folder / "reader.py").write_text(READER)
     (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
-    for numbers, steps in VERSIONS:
-        write_rows(folder, numbers)
-        done = subprocess.run(
-            [sys.executable, "-m", "cli.main", "run", "recipe.yaml", "--set", f"train.max_steps={steps}"],
-            cwd=folder,
-            env=environment(folder, folder / "mlflow.db"),
-            capture_output=True,
-            text=True,
-            timeout=RUN_SECONDS,
-        )
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (numbers, _), (later, steps) = VERSIONS
+    write_rows(folder, numbers, BROKEN)
+    first = subprocess.run(
+        [sys.executable, "-m", "cli.main", "run", "recipe.yaml"],
+        cwd=folder,
+        env={**environment(folder, folder / "mlflow.db"), "COLUMNS": "150", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=RUN_SECONDS,
+    )
+    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
+    (folder / "first.out").write_text(first.stdout)
+    (folder / "first.err").write_text(first.stderr)
+    write_rows(folder, later, BROKEN)
+    uri, again = f"sqlite:///{folder}/mlflow.db", ("run", "recipe.yaml", "--set", f"train.max_steps={steps}")
+    second = commands.run(folder, *again, MLFLOW_TRACKING_URI=uri)
+    assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-3000:]
 
 
 @pytest.fixture(scope="session")
-def built_project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+def built_project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, commands: Commands) -> Path:
     """The project's folder; do not write to its database. Workers of one session share it."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
@@ -88,7 +111,7 @@ def built_project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) ->
         if not (folder / "built").is_file():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            build(folder, tiny_model)
+            build(folder, tiny_model, commands)
             (folder / "built").touch()
     return folder
 
@@ -111,6 +134,30 @@ def connected(where: Path | str) -> Iterator[MlflowClient]:
     yield tracking.client()
     mlflow.set_tracking_uri(None)
     tracking.client.cache_clear()
+
+
+def recorded_job(built: Path, number: str, **changes: Any) -> tuple[Recipe, Plan]:
+    """Recipe and plan of a version of the built project; `changes`: of the recipe's section `register`."""
+    before = mlflow.get_tracking_uri()
+    for _ in connected(built / "mlflow.db"):
+        recorded = read_recorded("orders", read_version("orders", number))
+    mlflow.set_tracking_uri(before)
+    tracking.client.cache_clear()
+    return resolve(recorded.recipe, {"register": changes}), Plan.from_dict(recorded.plan)
+
+
+def register_again(built: Path, number: str, **changes: Any) -> dict[str, Any]:
+    """Register a version of the built project in the registry at hand; Prefect's part (logger, artifact, event) is left
+    out. What `register` returns."""
+    recipe, plan = recorded_job(built, number, **changes)
+    with pytest.MonkeyPatch.context() as patch, disable_run_logger():
+        for name in ("show_report", "announce"):
+            patch.setattr(register, name, lambda *_: None)
+        with tracking.part_run("publish", recipe, plan) as part:
+            registered: dict[str, Any] = register.register.fn(
+                Job(recipe=recipe, plan=plan, part=part), find_champion("orders")
+            )
+    return registered
 
 
 def aliases(client: MlflowClient) -> dict[str, str]:

@@ -12,8 +12,7 @@ from tasks import approval, models
 from tasks.approval import claim, read_approval, request_approval
 from tasks.registry import barred_because, read_history, read_verdict_table, read_version, read_versions
 from tasks.registry_lock import registry_lock
-from tests.tasks.models_project import aliases, built_project, empty_registry, registry
-from tests.tasks.test_register import race
+from tests.tasks.models_project import aliases, built_project, empty_registry, register_again, registry
 
 __all__ = ["built_project", "empty_registry", "registry"]
 pytestmark = pytest.mark.slow
@@ -133,12 +132,9 @@ def test_the_champion_is_rolled_back_not_rejected(registry: MlflowClient) -> Non
         models.reject("orders", "2", "too short")
 
 
-def test_register_leaves_what_passes_as_candidate(
-    built_project: Path, empty_registry: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    empty_registry.search_experiments()
-    monkeypatch.setenv("SFT_REGISTER", '{"approval": "manual", "approval_timeout_hours": 5}')
-    race(built_project, tmp_path, ["1"])
+def test_register_leaves_what_passes_as_candidate(built_project: Path, empty_registry: MlflowClient) -> None:
+    asking = {"approval": "manual", "approval_timeout_hours": 5}
+    register_again(built_project, "1", **asking)
     (version,) = read_versions("orders")
     assert aliases(empty_registry) == {"candidate": "1"}
     assert version.verdict.startswith("passed the gate: beats the base: loss ")
@@ -146,7 +142,7 @@ def test_register_leaves_what_passes_as_candidate(
     assert found is not None
     assert 4.5 * 3600 < found.seconds_left <= 5 * 3600
     assert "| base | loss |" in read_verdict_table(version)
-    race(built_project, tmp_path, ["2"])
+    register_again(built_project, "2", **asking)
     assert state("1") == "superseded, version 2 passed the gate meanwhile"
     assert models.promote("orders", "2", "reads well").after == "2"  # by hand, as sft models promote does
     assert state("2").endswith(": reads well")

@@ -1,73 +1,25 @@
-"""Who asked for a run: a deployment's may name the project's files, one of this process whatever its user can read."""
+"""What a plan that came from the server may name, and what a recipe that came from the registry may run. (What the run
+of a deployment may name is in test_with_prefect.)"""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import pytest
-from prefect import flow
-from prefect.client.orchestration import get_client
-from prefect.flow_engine import run_flow
-from prefect.testing.utilities import prefect_test_harness
 
 from sft_core.errors import RecipeError
 from sft_core.lineage.ancestry import Recorded
 from sft_core.lineage.reproduction import reproduce
 from sft_core.store import Store
-from sft_core.trust import MODULES, PATHS, PROJECT, REMOTE_CODE
+from sft_core.trust import REMOTE_CODE
 from tasks import models, tracking
-from tasks.asked import plan_asked, resolve_asked
+from tasks.asked import plan_asked
 from tasks.registry import RUN, RegisteredVersion
 
 pytestmark = pytest.mark.slow
 
-START_SECONDS = 300
-RECIPE = "name: orders\nbase_model: {path: base}\ndatasets: [{path: rows.jsonl}]\n"
 STEP: dict[str, Any] = {"key": "pack", "fingerprint": "0" * 64, "parts": {}, "inputs": {"conversations": "1" * 64}}
 PLAN: dict[str, Any] = {"steps": {"pack": STEP}, "chat_template": "x", "base_commit": None, "notes": []}
-
-
-@flow
-def asks(recipe: str, template: str) -> str:
-    """Takes its parameters as `retrain` does."""
-    return str(resolve_asked(recipe, {"pack": {"chat_template": template}}).pack.chat_template)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=START_SECONDS):
-        yield
-
-
-def run_deployed(parameters: dict[str, Any]) -> Any:
-    """The flow as a worker's process runs it: by a flow run that the server made of a deployment."""
-    with get_client(sync_client=True) as client:
-        deployment: UUID = client.create_deployment(client.create_flow(asks), "asks")
-        run = client.create_flow_run_from_deployment(deployment, parameters=parameters)
-    return run_flow(asks, flow_run=run, parameters=parameters)
-
-
-def test_a_deployments_run_reads_the_projects_files_alone(
-    server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for variable in (MODULES, PATHS, PROJECT):
-        monkeypatch.delenv(variable, raising=False)
-    outside = tmp_path / "secret.jinja"
-    outside.write_text("swordfish")
-    (tmp_path / "project").mkdir()
-    monkeypatch.chdir(tmp_path / "project")
-    for file in ("recipe.yaml", "../recipe.yaml"):
-        Path(file).write_text(RECIPE)
-    Path("mine.jinja").write_text("x")
-    rule = ": a run that was asked for from the server may name "
-    with pytest.raises(RecipeError, match=f"^pack.chat_template{rule}"):
-        run_deployed({"recipe": "recipe.yaml", "template": str(outside)})
-    with pytest.raises(RecipeError, match=f"^recipe{rule}"):
-        run_deployed({"recipe": f"{tmp_path}/recipe.yaml", "template": "chatml"})
-    assert run_deployed({"recipe": "recipe.yaml", "template": "mine.jinja"}) == "mine.jinja"
-    assert asks(f"{tmp_path}/recipe.yaml", str(outside)) == str(outside)  # started here: its user's own word
 
 
 def test_a_plan_that_a_retraining_made_is_taken() -> None:

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,11 +11,11 @@ from sft_core.errors import RegistryError
 from tasks.comparable import require_comparable_champion
 from tasks.model_files import ModelFolder, log_folder
 from tasks.model_version import create
-from tests.tasks.models_project import READER, RECIPE, empty_registry, environment, write_rows
+from tests.commands import Commands
+from tests.tasks.models_project import READER, RECIPE, empty_registry, write_rows
 
 __all__ = ["empty_registry"]
 pytestmark = pytest.mark.slow
-SECONDS = 800
 FINGERPRINT = "f" * 64
 
 
@@ -73,20 +71,15 @@ def test_a_champion_that_lacks_a_file_is_refused_by_its_name(logged: Path, gone:
         require_comparable_champion("orders")
 
 
-def test_a_run_ends_before_it_prepares_anything(empty_registry: MlflowClient, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_run_ends_before_it_prepares_anything(
+    empty_registry: MlflowClient, tiny_model: Path, tmp_path: Path, commands: Commands
+) -> None:
     champion_of(empty_registry, str(tmp_path))
     shutil.copytree(tiny_model, tmp_path / "base")
     (tmp_path / "reader.py").write_text(READER)
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(folder=tmp_path))
     write_rows(tmp_path, range(60))
-    done = subprocess.run(
-        [sys.executable, "-m", "cli.main", "run", "recipe.yaml"],
-        cwd=tmp_path,
-        env=environment(tmp_path, tmp_path / "mlflow.db"),
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
+    done = commands.run(tmp_path, "run", "recipe.yaml", MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db")
     assert done.returncode == 1
     assert "models:/orders/1 was not registered by sft-flows" in done.stderr
     assert not (tmp_path / "store").exists()

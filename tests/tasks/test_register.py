@@ -16,6 +16,7 @@ from tests.tasks.models_project import (
     built_project,
     empty_registry,
     environment,
+    register_again,
     registry,
 )
 
@@ -28,45 +29,49 @@ def race(built: Path, folder: Path, numbers: list[str]) -> None:
     """Register versions of the built project in `folder`'s registry, all at once, a process each."""
     gate = folder / "gate"
     settings = {**environment(built, folder / "mlflow.db"), "SFT_BUILT": f"sqlite:///{built}/mlflow.db"}
-    command = [sys.executable, "-m", "tests.tasks.register_once"]
-    racers = [
-        subprocess.Popen([*command, number, str(gate)], cwd=ROOT, env=settings, stdout=subprocess.PIPE, text=True)
-        for number in numbers
-    ]
-    for racer in racers:
-        assert racer.stdout is not None
-        assert "ready\n" in iter(racer.stdout.readline, ""), "it ended before it was ready"
+    command = [sys.executable, "-m", "tests.tasks.register_once", str(gate), *numbers]
+    racers = subprocess.Popen(command, cwd=ROOT, env=settings, stdout=subprocess.PIPE, text=True)
+    assert racers.stdout is not None
+    for _ in numbers:
+        assert "ready\n" in iter(racers.stdout.readline, ""), "one ended before it was ready"
     gate.touch()
-    assert [racer.wait(RACE_SECONDS) for racer in racers] == [0] * len(racers)
+    racers.communicate(timeout=RACE_SECONDS)
+    assert racers.returncode == 0
 
 
-def test_two_processes_make_one_version_of_one_model(
+def test_of_processes_that_register_at_once_each_model_has_one_version_and_the_later_is_judged_against_the_earlier(
     built_project: Path, empty_registry: MlflowClient, tmp_path: Path
 ) -> None:
+    """Two try to register version 1's model, one version 2's."""
     empty_registry.search_experiments()  # the tables are there before the race
-    race(built_project, tmp_path, ["1", "1"])
-    assert [version.number for version in read_versions("orders")] == ["1"]
-    assert aliases(empty_registry) == {"candidate": "1", "champion": "1"}
-    assert [model.name for model in empty_registry.search_registered_models()] == ["orders"]
-
-
-def test_of_two_models_the_later_is_judged_against_the_earlier(
-    built_project: Path, empty_registry: MlflowClient, tmp_path: Path
-) -> None:
-    empty_registry.search_experiments()
-    race(built_project, tmp_path, ["1", "2"])
+    race(built_project, tmp_path, ["1", "1", "2"])
     first, second = read_versions("orders")
+    merged = {number: version_of(built_project, number)["sft.merged_fingerprint"] for number in ("1", "2")}
+    assert {first.merged_fingerprint, second.merged_fingerprint} == set(merged.values())
     assert first.tags["sft.judged_against"] == "none"
     assert second.tags["sft.judged_against"] == "1"
     assert "champion" in second.verdict
+    assert first.settled
+    assert second.settled
+    assert aliases(empty_registry)["candidate"] == "2"
+    assert [model.name for model in empty_registry.search_registered_models()] == ["orders"]
+
+
+def test_a_model_that_does_not_beat_the_champion_is_a_candidate_alone(
+    built_project: Path, empty_registry: MlflowClient
+) -> None:
+    """Version 2's model was trained longer than version 1's."""
+    assert register_again(built_project, "2")["aliases"] == ["candidate", "champion"]
+    assert "does not beat the champion" in register_again(built_project, "1")["verdict"]
+    assert aliases(empty_registry) == {"candidate": "2", "champion": "1"}
 
 
 def test_the_gate_never_promotes_a_model_that_was_rolled_back(
-    built_project: Path, empty_registry: MlflowClient, tmp_path: Path
+    built_project: Path, empty_registry: MlflowClient
 ) -> None:
     merged = version_of(built_project, "1")["sft.merged_fingerprint"]
     empty_registry.create_registered_model("orders", {f"sft.barred.{merged}": "answers in French"})
-    race(built_project, tmp_path, ["1"])
+    register_again(built_project, "1")
     (version,) = read_versions("orders")
     assert version.verdict.startswith("not promoted: beats the base")
     assert "this model is barred: answers in French" in version.verdict

@@ -11,13 +11,10 @@ import pytest
 from mlflow.tracking import MlflowClient
 from prefect.logging import disable_run_logger
 
-from sft_core.plan import Plan
-from sft_core.recipe import resolve
 from tasks import register, tracking
-from tasks.lineage import read_recorded
-from tasks.registry import find_champion, read_history, read_version, read_versions
+from tasks.registry import find_champion, read_history, read_versions
 from tasks.run_step import Job
-from tests.tasks.models_project import built_project, connected, empty_registry
+from tests.tasks.models_project import built_project, empty_registry, recorded_job
 
 __all__ = ["built_project", "empty_registry"]
 pytestmark = pytest.mark.slow
@@ -25,12 +22,6 @@ pytestmark = pytest.mark.slow
 
 class Fault(Exception):
     """The registry's, in the middle of something."""
-
-
-def job_of_version_1(built: Path) -> tuple[Any, Any]:
-    for _ in connected(built / "mlflow.db"):
-        recorded = read_recorded("orders", read_version("orders", "1"))
-    return resolve(recorded.recipe), Plan.from_dict(recorded.plan)
 
 
 @contextmanager
@@ -50,7 +41,7 @@ def failing(client: MlflowClient, name: str, nth: int) -> Iterator[None]:
 
 @pytest.fixture
 def work(built_project: Path) -> tuple[Any, Any]:
-    return job_of_version_1(built_project)
+    return recorded_job(built_project, "1")
 
 
 FAULTS = [
