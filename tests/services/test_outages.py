@@ -12,6 +12,7 @@ from mlflow.tracking import MlflowClient
 
 from cli.servers import START_SECONDS, start_mlflow, start_prefect, wait_for
 from sft_core.train.metrics import read_metrics
+from tests.services.prepared import begin_with
 from tests.services.stack import RECIPE, RUN_SECONDS, Stack, wait_until, write_project
 
 AWAY_SECONDS = 20.0
@@ -25,7 +26,7 @@ SLOW = RECIPE.replace("max_steps: 3", f"max_steps: {STEPS}").replace(
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Stack]:
+def servers(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, prepared: Path) -> Iterator[Stack]:
     """As docs/operations.md says: leases of limited deployments in files. By default they are in memory: after a
     restart of the server, each run of a limited deployment is told that its slot is gone, and crashes."""
     stack = Stack(
@@ -34,7 +35,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Itera
         MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
     )
     try:
-        yield stack.start()
+        yield begin_with(stack, prepared).start()
     finally:
         stack.stop()
 
