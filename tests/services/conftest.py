@@ -1,4 +1,4 @@
-"""One stack for all tests of a file, with workers of both pools and the project's deployments."""
+"""One stack for all tests of a file: servers, workers of both pools, the project's deployments."""
 
 import signal
 from collections.abc import Generator, Iterator
@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.services.prepared import begin_with, prepared
 from tests.services.stack import Stack, write_project
+
+__all__ = ["prepared"]
 
 SERVICES_SECONDS = 1500
 """Bound on one test here: a flow run on a busy machine takes minutes."""
@@ -15,8 +18,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # A shell's background command has it ignored, and so has all that it starts: a Prefect worker then never ends.
 
 
-LONGEST = ("test_kills.py", "test_wheel.py", "test_outages.py", "test_handover.py")
-"""Files that begin first, so that no process has only the longest of them left. They wait more than they work."""
+LONGEST = (
+    "test_wheel.py",
+    "test_kills.py",
+    "test_terminal.py",
+    "test_postgres.py",
+    "test_outages.py",
+    "test_handover.py",
+)
+"""Files that begin first, longest first, so that no process has only one of them left."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,9 +50,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Stack]:
-    """Servers without workers and deployments; the folder holds a project (`recipe.yaml`)."""
-    stack = Stack(write_project(tmp_path_factory.mktemp("stack"), tiny_model))
+def servers(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, prepared: Path) -> Iterator[Stack]:  # noqa: F811
+    """Servers with pools and all deployments, without workers; the folder holds a project (`recipe.yaml`)."""
+    stack = begin_with(Stack(write_project(tmp_path_factory.mktemp("stack"), tiny_model)), prepared)
     try:
         yield stack.start()
     finally:
@@ -54,5 +64,4 @@ def stack(servers: Stack) -> Stack:
     """Servers, a worker each of `cpu` and `gpu`, all deployments."""
     servers.worker("cpu")
     servers.worker("gpu", limit=1)
-    servers.deploy()
     return servers

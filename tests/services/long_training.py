@@ -5,6 +5,10 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from sft_core.plan import plan_recipe
+from sft_core.recipe import resolve
+from sft_core.steps import Retraining, run_step
+from sft_core.store import Store
 from tests.services.stack import RECIPE, Stack, wait_until
 
 STEPS, SAVE_STEPS = 400, 20
@@ -43,10 +47,10 @@ def wait_for_step(store: Path, step: int) -> int:
     return wait_until(lambda: found if (found := newest_step(store)) >= step else None, STARTED_SECONDS, 0.1)
 
 
-def said_saved(store: Path) -> bool:
-    """Whether the ranks of the last training that was stopped there said that they had saved."""
+def times_saved(store: Path) -> int:
+    """How often ranks of the training there, told to stop, have said that they had saved."""
     (log,) = store.rglob("train.log")
-    return STOPPED in log.read_text()
+    return log.read_text().count(STOPPED)
 
 
 def resumptions(store: Path) -> int:
@@ -54,6 +58,19 @@ def resumptions(store: Path) -> int:
     lines every two seconds, and those of a process that was killed before that never."""
     (log,) = store.rglob("train.log")
     return sum(line.startswith("resuming from checkpoint-") for line in log.read_text().splitlines())
+
+
+def train_undisturbed(folder: Path, recipe: str, disturbed: Path) -> Path:
+    """The training that ended in the store `disturbed` once more, in one go, without a server, from `folder`, the
+    current one; the other store."""
+    text = (folder / recipe).read_text()
+    assert text.count(f"store: ./{disturbed.name}\n") == 1
+    (folder / "whole.yaml").write_text(text.replace(f"store: ./{disturbed.name}\n", "store: ./store-whole\n"))
+    resolved = resolve("whole.yaml")
+    run = Retraining(resolved, plan_recipe(resolved), Store(resolved.store))
+    for step in ("fetch/0", "normalize", "pack", "train", "convert"):
+        run_step(run, step)
+    return folder / "store-whole"
 
 
 def wait_for_part(stack: Stack, parent: str, part: str, count: int = 1) -> dict[str, Any]:

@@ -75,17 +75,27 @@ class Stack:
 
     def start(self, backend: str | None = None, artifacts: str | None = None) -> "Stack":
         """Both servers; returns when both answer."""
-        self.processes["prefect"] = start_prefect(self.folder, self.prefect_port, self.environment)
         self.processes["mlflow"] = start_mlflow(self.folder, self.mlflow_port, self.environment, backend, artifacts)
-        wait_for(self.processes["prefect"], f"{self.prefect_url}/api/health")
+        self.start_prefect()
         wait_for(self.processes["mlflow"], f"{self.mlflow_url}/health")
         return self
 
+    def start_prefect(self) -> None:
+        """Prefect's server alone, for the first time or again with its port and database; returns when it answers."""
+        self.processes["prefect"] = start_prefect(self.folder, self.prefect_port, self.environment)
+        wait_for(self.processes["prefect"], f"{self.prefect_url}/api/health")
+
+    def make_pool(self, name: str) -> None:
+        """A work pool for processes, as `sft up` makes it; one that is there stays as it is."""
+        from prefect.workers.process import ProcessWorker
+
+        if name not in {known["name"] for known in self.api("POST", "/work_pools/filter", {})}:
+            template = ProcessWorker.get_default_base_job_template()
+            self.api("POST", "/work_pools/", {"name": name, "type": "process", "base_job_template": template})
+
     def worker(self, pool: str, limit: int | None = None, queue: str | None = None, **settings: str) -> Process:
-        """A worker of `pool`, of one of its queues or of all. The pool is made if it is not there (`--overwrite` would
-        take its limit away)."""
-        if pool not in {known["name"] for known in self.api("POST", "/work_pools/filter", {})}:
-            self.prefect("work-pool", "create", pool, "--type", "process")
+        """A worker of `pool`, of one of its queues or of all. The pool is made if it is not there."""
+        self.make_pool(pool)
         environment = {**self.environment, **settings}
         name = f"{pool}-{len(self.processes)}"
         process = start_worker(pool, self.folder, environment, limit, name, [queue] if queue else [])

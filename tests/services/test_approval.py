@@ -8,16 +8,13 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
-from tests.services.stack import ROOT, RUN_SECONDS, Stack, wait_until
+from tests.services.stack import RUN_SECONDS, Stack, wait_until
 
 
 @pytest.fixture(scope="module")
 def asked(servers: Stack) -> Stack:
-    """Servers, a worker of `cpu`, the deployment promote/on-approval; `sft run` left version 1 to a person."""
+    """Servers, a worker of `cpu`, the deployments; `sft run` left version 1 to a person."""
     servers.worker("cpu")
-    servers.prefect(
-        "--no-prompt", "deploy", "-n", "on-approval", "--prefect-file", str(ROOT / "flows" / "prefect.yaml")
-    )
     said = servers.sft("run", "recipe.yaml", "--set", "register.approval=manual")
     assert "approval  waiting until " in said
     assert "sft models promote orders 1 --reason" in said

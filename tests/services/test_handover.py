@@ -14,10 +14,8 @@ WAIT_SECONDS = 300.0
 @pytest.fixture(scope="module")
 def cpu_only(servers: Stack) -> Stack:
     """Servers, deployments, a worker of `cpu`; the pool `gpu` allows one run and has no worker."""
+    servers.api("PATCH", "/work_pools/gpu", {"concurrency_limit": 1})
     servers.worker("cpu")
-    servers.prefect("work-pool", "create", "gpu", "--type", "process", "--overwrite")
-    servers.prefect("work-pool", "set-concurrency-limit", "gpu", "1")
-    servers.deploy()
     return servers
 
 
@@ -35,7 +33,7 @@ def test_one_training_at_a_time(cpu_only: Stack) -> None:
 
     wait_until(lambda: all(map(told, parents.values())), WAIT_SECONDS)
     assert all(stack.flow_run(parent)["state_type"] == "RUNNING" for parent in parents.values())
-    for name in ("gpu-one", "gpu-two"):  # not by stack.worker, which makes the pool anew, without its limit
+    for name in ("gpu-one", "gpu-two"):
         stack.processes[name] = start_worker("gpu", stack.folder, stack.environment, limit=1, name=name)
 
     assert [stack.wait_final(parent)["state_type"] for parent in parents.values()] == ["COMPLETED", "COMPLETED"]

@@ -9,10 +9,6 @@ from pathlib import Path
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from sft_core.plan import plan_recipe
-from sft_core.recipe import resolve
-from sft_core.steps import Retraining, run_step
-from sft_core.store import Store
 from tasks.automations import MARK, NEVER_STARTED, NO_HEARTBEAT, RESTART, register_automations
 from tests.services.long_training import (
     SAVE_STEPS,
@@ -24,6 +20,7 @@ from tests.services.long_training import (
     mlflow_statuses,
     resumptions,
     store_of,
+    train_undisturbed,
     wait_for_part,
     wait_for_step,
     wait_gone,
@@ -55,7 +52,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterato
         try:
             stack.start()
             stack.worker("cpu")
-            stack.prefect("work-pool", "create", "gpu", "--type", "process", "--overwrite")
+            stack.make_pool("gpu")
             stack.deploy()
             with temporary_settings({PREFECT_API_URL: f"{stack.prefect_url}/api"}):
                 for _ in range(2):  # the second time finds and keeps them
@@ -106,7 +103,7 @@ def test_a_retraining_survives_every_kill(hosts: Stack, monkeypatch: pytest.Monk
     assert statuses == {part: ["FINISHED"] for part in ("retraining", "prepare", "train", "publish")}
     monkeypatch.chdir(hosts.folder)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert digest(store) == digest(train_undisturbed(hosts.folder))
+    assert digest(store) == digest(train_undisturbed(hosts.folder, recipe, store))
 
 
 def kill_waiting_parent(stack: Stack, parent: str) -> None:
@@ -115,17 +112,6 @@ def kill_waiting_parent(stack: Stack, parent: str) -> None:
     wait_until(lambda: any(waits in line for line in stack.logs(parent)), STARTED_SECONDS)
     kill_flow(stack.flow_run(parent))
     wait_until(lambda: stack.flow_run(parent)["run_count"] == 2, STARTED_SECONDS)
-
-
-def train_undisturbed(folder: Path) -> Path:
-    """The same training in one go, without a server; its store."""
-    text = (folder / "killed.yaml").read_text().replace("./store-killed", "./store-whole")
-    (folder / "whole.yaml").write_text(text)
-    recipe = resolve("whole.yaml")
-    run = Retraining(recipe, plan_recipe(recipe), Store(recipe.store))
-    for step in ("fetch/0", "normalize", "pack", "train", "convert"):
-        run_step(run, step)
-    return folder / "store-whole"
 
 
 def digest(store: Path) -> str:

@@ -10,8 +10,9 @@ import httpx
 import pytest
 from mlflow.tracking import MlflowClient
 
-from cli.servers import START_SECONDS, start_mlflow, start_prefect, wait_for
+from cli.servers import START_SECONDS, start_mlflow, wait_for
 from sft_core.train.metrics import read_metrics
+from tests.services.prepared import begin_with
 from tests.services.stack import RECIPE, RUN_SECONDS, Stack, wait_until, write_project
 
 AWAY_SECONDS = 20.0
@@ -25,26 +26,33 @@ SLOW = RECIPE.replace("max_steps: 3", f"max_steps: {STEPS}").replace(
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Stack]:
+def servers(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, prepared: Path) -> Iterator[Stack]:
     """As docs/operations.md says: leases of limited deployments in files. By default they are in memory: after a
     restart of the server, each run of a limited deployment is told that its slot is gone, and crashes."""
     stack = Stack(
         write_project(tmp_path_factory.mktemp("outages"), tiny_model),
         PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE="prefect.server.concurrency.lease_storage.filesystem",
         MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
+        **IMPATIENT,
     )
     try:
-        yield stack.start()
+        yield begin_with(stack, prepared).start()
     finally:
         stack.stop()
 
 
-def test_mlflow_that_is_away_from_mid_training_on_is_waited_for(stack: Stack) -> None:
-    run_id = retrain(stack, "back", IMPATIENT)
+def test_servers_that_are_killed_in_mid_training_are_waited_for(stack: Stack) -> None:
+    """MLflow's until training is over, Prefect's while it goes on; training waits for neither."""
+    run_id = retrain(stack, "back", {}, compute="compute: {train: train/gpu}")
     lines_of(stack, "back", at_least=2)
     stack.processes["mlflow"].kill()
     seen = len(metrics(stack, "back"))
-    lines_of(stack, "back", at_least=seen + 5)  # nobody answers, training goes on
+    lines_of(stack, "back", at_least=seen + 5)  # MLflow's does not answer, training goes on
+    stack.processes["prefect"].kill()
+    seen = len(metrics(stack, "back"))
+    lines_of(stack, "back", at_least=seen + 5)  # nobody answers
+    time.sleep(AWAY_SECONDS)
+    stack.start_prefect()
     checkpoint(stack, "back")
     time.sleep(AWAY_SECONDS)
     assert stack.flow_run(run_id)["state_type"] == "RUNNING"
@@ -52,10 +60,15 @@ def test_mlflow_that_is_away_from_mid_training_on_is_waited_for(stack: Stack) ->
     finished = stack.wait_final(run_id)
     assert finished["state_name"] == "Completed", stack.logs(run_id)[-5:]
     assert_nothing_is_missing(stack, "back")
+    parts = sorted(run["name"] for run in stack.children(run_id))
+    assert parts == ["prepare back", "publish back", "train back"]
+    final = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+    assert {run["state_type"] for run in runs(stack, "flow_runs")} <= final
+    wait_until(lambda: {run["state_type"] for run in runs(stack, "task_runs")} <= final, START_SECONDS)
 
 
 def test_mlflow_that_stays_away_fails_the_run_after_training_and_the_next_reuses_it(stack: Stack) -> None:
-    run_id = retrain(stack, "gone", {**IMPATIENT, "SFT_MLFLOW_PATIENCE_SECONDS": "8"})
+    run_id = retrain(stack, "gone", {"SFT_MLFLOW_PATIENCE_SECONDS": "8"})
     lines_of(stack, "gone", at_least=2)
     stack.processes["mlflow"].kill()
     failed = stack.wait_final(run_id)
@@ -63,7 +76,7 @@ def test_mlflow_that_stays_away_fails_the_run_after_training_and_the_next_reuses
     assert "has not answered for 8 s" in failed["state"]["message"]
     assert len(metrics(stack, "gone")) == STEPS
     trained = checkpoint(stack, "gone").read_bytes()
-    again_id = retrain(stack, "gone", IMPATIENT)  # MLflow is away when its first part begins
+    again_id = retrain(stack, "gone", {})  # MLflow is away when its first part begins
     wait_until(lambda: stack.flow_run(again_id)["state_type"] == "RUNNING", RUN_SECONDS)
     time.sleep(AWAY_SECONDS)
     restart_mlflow(stack)
@@ -71,25 +84,6 @@ def test_mlflow_that_stays_away_fails_the_run_after_training_and_the_next_reuses
     assert again["state_name"] == "Completed", stack.logs(again_id)[-5:]
     assert checkpoint(stack, "gone").read_bytes() == trained
     assert_nothing_is_missing(stack, "gone")
-
-
-def test_prefects_server_is_killed_and_started_again_in_mid_run(stack: Stack) -> None:
-    run_id = retrain(stack, "prefect", {}, compute="compute: {train: train/gpu}")
-    lines_of(stack, "prefect", at_least=2)
-    stack.processes["prefect"].kill()
-    seen = len(metrics(stack, "prefect"))
-    lines_of(stack, "prefect", at_least=seen + 5)
-    time.sleep(AWAY_SECONDS)
-    stack.processes["prefect"] = start_prefect(stack.folder, stack.prefect_port, stack.environment)
-    wait_for(stack.processes["prefect"], f"{stack.prefect_url}/api/health")
-    finished = stack.wait_final(run_id)
-    assert finished["state_name"] == "Completed", stack.logs(run_id)[-5:]
-    assert_nothing_is_missing(stack, "prefect")
-    parts = sorted(run["name"] for run in stack.children(run_id))
-    assert parts == ["prepare prefect", "publish prefect", "train prefect"]
-    final = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
-    assert {run["state_type"] for run in runs(stack, "flow_runs")} <= final
-    wait_until(lambda: {run["state_type"] for run in runs(stack, "task_runs")} <= final, START_SECONDS)
 
 
 def retrain(stack: Stack, name: str, environment: dict[str, str], compute: str = "") -> str:

@@ -16,10 +16,14 @@ import pytest
 from cli.store import gc, verify
 from sft_core.artifacts import KIND_OF_STEP, Manifest
 from sft_core.errors import StoreError
+from sft_core.plan import plan_recipe
+from sft_core.recipe import resolve
+from sft_core.steps import Retraining, run_step
 from sft_core.store import Store, list_files
 from sft_core.store_gc import decide
 from sft_core.store_survey import COPY, remove, survey
 from tasks.store_needs import registered_fingerprints
+from tests.services.prepared import begin_with
 from tests.services.s3 import BUCKET, S3Server, s3  # noqa: F401 - s3 is a fixture
 from tests.services.stack import RECIPE, ROOT, RUN_SECONDS, Stack, wait_until, write_project
 from tests.tasks.models_project import connected
@@ -79,9 +83,6 @@ class Worker:
         assert process.returncode == status, said[-4000:]
         return said
 
-    def sft(self, *arguments: str, status: int = 0) -> str:
-        return self.run("-m", "cli.main", *arguments, status=status)
-
 
 @pytest.fixture(scope="module")
 def workers(
@@ -94,17 +95,16 @@ def workers(
 
 
 @pytest.fixture(scope="module")
-def stack(workers: dict[str, Worker]) -> Iterator[Stack]:
+def stack(workers: dict[str, Worker], prepared: Path) -> Iterator[Stack]:
     """Servers, and a worker of each pool on a machine of its own; that of `gpu` has no rows."""
     cpu, gpu = workers["cpu"], workers["gpu"]
     (gpu.folder / "rows.jsonl").unlink()
-    stack = Stack(cpu.folder, **cpu.environment)
+    stack = begin_with(Stack(cpu.folder, **cpu.environment), prepared)
     try:
         stack.start()
         stack.worker("cpu")
         own = {"SFT_PROJECT_DIR": str(gpu.folder), "PREFECT_HOME": str(gpu.folder / "prefect")}
         stack.worker("gpu", limit=1, **{**gpu.environment, **own})
-        stack.deploy()
         yield stack
     finally:
         stack.stop()
@@ -151,13 +151,17 @@ def test_a_worker_of_the_gpu_pool_goes_on_from_the_mirror_to_the_same_bytes(
     tmp_path: Path,
     tiny_model: Path,
     s3: S3Server,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (fetched,) = [line for line in retrained.splitlines() if f"fetched from {STORE}" in line]
     assert "is gone; taking over" in retrained
     step = int(fetched.partition("checkpoint-")[2].split()[0])
     assert f"resuming from checkpoint-{step} of {STEPS} optimizer steps" in retrained
     alone = Worker(tmp_path, tiny_model, s3, store="./store")
-    alone.sft("train", "recipe.yaml")
+    monkeypatch.chdir(alone.folder)
+    recipe = resolve("recipe.yaml")
+    run = Retraining(recipe, plan_recipe(recipe), Store(recipe.store))
+    assert not any(run_step(run, key).reused for key in ("fetch/0", "normalize", "pack", "train"))
     (here,), (there,) = Store(str(alone.folder / "store")).manifests("train"), Store(STORE).manifests("train")
     assert there.files[ADAPTER].sha256 == here.files[ADAPTER].sha256
     assert there.fingerprint == here.fingerprint

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.services.long_training import TRAINING
+from tests.services.long_training import TRAINING, train_undisturbed
 from tests.services.stack import RECIPE, Stack, wait_until, write_project
 from tests.terminal import CTRL_C, Terminal
 
@@ -21,6 +21,17 @@ SLOW_MACHINE = 60.0
 and 30 s that of a training that saves."""
 GONE_SECONDS = 30.0
 START = Callable[..., Terminal]
+AT_WORK = r"step \d+/"
+PARTS = {
+    "planning": ("planning orders", "stopped while planning; nothing was begun|stopped before fetch/0 was done; .*"),
+    "starting": ("starting Prefect", "stopped before fetch/0 was done; the same command goes on"),
+    "prepare": ("Beginning subflow run 'prepare", "stopped before (fetch/0|normalize|pack|train) was done; .*"),
+    "train": (r"step 2\d/", rf"stopped at optimizer step \d+ of {STEPS}, saved; the same command goes on"),
+    "merge": (" convert: ", "stopped before (merge|evaluate/tuned) was done; fetch/0, normalize, pack, train, .*"),
+    "evaluate": (" merge: ", "stopped before (evaluate/tuned|evaluate/base) was done; .*"),
+    "register": (r"evaluate/base:\s+\w{12} in ", "stopped before register was done; every step before it .*|stopped"),
+}
+"""What is shown once a part is at work, and the last line after Ctrl-C then."""
 
 
 @pytest.fixture(scope="module")
@@ -63,20 +74,45 @@ def assert_ended_in_order(command: Terminal, status: int) -> str:
     return last
 
 
-@pytest.mark.parametrize(
-    ("shown", "last"),
-    [
-        ("planning orders", "stopped while planning; nothing was begun|stopped before fetch/0 was done; .*"),
-        ("starting Prefect", "stopped before fetch/0 was done; the same command goes on"),
-        ("Beginning subflow run 'prepare", "stopped before (fetch/0|normalize|pack|train) was done; .*"),
-        (r"step 2\d/", rf"stopped at optimizer step \d+ of {STEPS}, saved; the same command goes on"),
-        (" convert: ", "stopped before (merge|evaluate/tuned) was done; fetch/0, normalize, pack, train, .*"),
-        (" merge: ", "stopped before (evaluate/tuned|evaluate/base) was done; .*"),
-        (r"evaluate/base:\s+\w{12} in ", "stopped before register was done; every step before it .*|stopped"),
-    ],
-    ids=["planning", "starting", "prepare", "train", "merge", "evaluate", "register"],
-)
-def test_ctrl_c_ends_every_part(project: Path, start: START, shown: str, last: str) -> None:
+@pytest.mark.parametrize("part", ["planning", "starting", "prepare", "train"])
+def test_ctrl_c_ends_every_part(project: Path, start: START, part: str) -> None:
+    stop_by_ctrl_c(project, start, part)
+
+
+def test_a_closed_terminal_stops_it_too(project: Path, start: START) -> None:
+    again = start(project, "run", "recipe.yaml")
+    again.wait_for("resuming from checkpoint-")
+    again.wait_for(AT_WORK)
+    again.hang_up()
+    assert again.wait_end(SLOW_MACHINE) == 129
+    wait_until(lambda: not again.left(), GONE_SECONDS)
+    assert mlflow_statuses(project) == {"FINISHED", "KILLED"}
+
+
+@pytest.mark.parametrize("part", ["merge", "evaluate", "register"])
+def test_ctrl_c_ends_every_later_part(project: Path, start: START, part: str) -> None:
+    stop_by_ctrl_c(project, start, part)
+
+
+def test_the_same_command_then_ends_as_an_undisturbed_one(
+    project: Path, start: START, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = start(project, "run", "recipe.yaml")
+    command.wait_for("verdict ")
+    assert command.wait_end(SLOW_MACHINE) == 0
+    assert "orders version 1 " in command.shown
+    assert mlflow_statuses(project) == {"FINISHED"}
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    stores = project / "store", train_undisturbed(project, "recipe.yaml", project / "store")
+    ours, theirs = ([path.read_bytes() for path in (store / "convert").rglob("*.safetensors")] for store in stores)
+    assert len(ours) == 1
+    assert ours == theirs
+
+
+def stop_by_ctrl_c(project: Path, start: START, part: str) -> None:
+    """One line is shown, and no more after the key."""
+    shown, last = PARTS[part]
     command = start(project, "run", "recipe.yaml")
     command.wait_for(shown)
     at = len(command.shown)
@@ -86,47 +122,29 @@ def test_ctrl_c_ends_every_part(project: Path, start: START, shown: str, last: s
     assert [line for line in after.splitlines() if line and not line.startswith("stop")] == []
 
 
-def test_the_same_command_then_ends_as_an_undisturbed_one(
-    project: Path, start: START, tmp_path: Path, tiny_model: Path
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A recipe whose training lasts: each test goes on where the last one ended."""
+    return write_project(tmp_path_factory.mktemp("endless"), tiny_model, recipe=LONG.replace(str(STEPS), "5000"))
+
+
+def test_sigterm_stops_it_too_with_a_prefect_server_of_its_own_where_the_run_ends(
+    servers: Stack, endless: Path, start: START
 ) -> None:
-    undisturbed = write_project(tmp_path / "undisturbed", tiny_model, recipe=LONG)
-    for folder in (project, undisturbed):
-        command = start(folder, "run", "recipe.yaml")
-        command.wait_for("verdict ")
-        assert command.wait_end(SLOW_MACHINE) == 0
-        assert "orders version 1 " in command.shown
-        assert mlflow_statuses(folder) == {"FINISHED"}
-    ours, theirs = (
-        [path.read_bytes() for path in sorted((folder / "store" / "convert").rglob("*.safetensors"))]
-        for folder in (project, undisturbed)
-    )
-    assert len(ours) == 1
-    assert ours == theirs
-
-
-def trained(folder: Path, tiny_model: Path, start: START) -> Terminal:
-    """A `sft run` in a new project, while it trains."""
-    command = start(write_project(folder, tiny_model, recipe=LONG.replace(str(STEPS), "5000")), "run", "recipe.yaml")
-    command.wait_for(r"step 2\d/")
-    return command
-
-
-def test_sigterm_and_a_closed_terminal_stop_it_too(tmp_path: Path, tiny_model: Path, start: START) -> None:
-    command = trained(tmp_path / "stopped", tiny_model, start)
+    command = start(endless, "run", "recipe.yaml", PREFECT_API_URL=servers.environment["PREFECT_API_URL"])
+    command.wait_for(AT_WORK)
     command.send(signal.SIGTERM)
     assert re.fullmatch(r"stopped at optimizer step \d+ of 5000, saved; .*", assert_ended_in_order(command, 143))
-    again = start(command.folder, "run", "recipe.yaml")
-    again.wait_for("resuming from checkpoint-")
-    again.wait_for(r"step \d+/")
-    again.hang_up()
-    assert again.wait_end(SLOW_MACHINE) == 129
-    wait_until(lambda: not again.left(), GONE_SECONDS)
-    assert mlflow_statuses(command.folder) == {"FINISHED", "KILLED"}
+    states = {run["name"]: run["state_type"] for run in servers.api("POST", "/flow_runs/filter", {})}
+    assert json.dumps(states, sort_keys=True) == (
+        '{"prepare orders": "COMPLETED", "retrain recipe": "CRASHED", "train orders": "CRASHED"}'
+    )
 
 
-def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path, tiny_model: Path, start: START) -> None:
+def test_a_second_ctrl_c_ends_it_at_once(endless: Path, start: START) -> None:
     """The training is held by SIGSTOP: it cannot save."""
-    command = trained(tmp_path / "twice", tiny_model, start)
+    command = start(endless, "run", "recipe.yaml")
+    command.wait_for(AT_WORK)
     (rank,) = [pid for pid in command.left() if TRAINING in Path(f"/proc/{pid}/cmdline").read_text()]
     os.kill(rank, signal.SIGSTOP)
     command.press(CTRL_C)
@@ -136,24 +154,11 @@ def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path, tiny_model: Path, start
     wait_until(lambda: not command.left(), GONE_SECONDS)
 
 
-def test_nothing_outlives_a_killed_run(tmp_path: Path, tiny_model: Path, start: START) -> None:
-    command = trained(tmp_path / "killed", tiny_model, start)
+def test_nothing_outlives_a_killed_run(endless: Path, start: START) -> None:
+    command = start(endless, "run", "recipe.yaml")
+    command.wait_for(AT_WORK)
     sessions = {os.getsid(pid) for pid in command.left()}
     assert len(sessions) >= 3  # the command, Prefect's server, the training
     command.send(signal.SIGKILL)
     assert command.wait_end(SLOW_MACHINE) == -signal.SIGKILL
     wait_until(lambda: not command.left(), GONE_SECONDS)
-
-
-def test_with_a_prefect_server_of_its_own_the_run_ends_there_too(
-    servers: Stack, tmp_path: Path, tiny_model: Path, start: START
-) -> None:
-    folder = write_project(tmp_path / "server", tiny_model, recipe=LONG.replace(str(STEPS), "5000"))
-    command = start(folder, "run", "recipe.yaml", PREFECT_API_URL=servers.environment["PREFECT_API_URL"])
-    command.wait_for(r"step 2\d/")
-    command.press(CTRL_C)
-    assert re.fullmatch(r"stopped at optimizer step \d+ of 5000, saved; .*", assert_ended_in_order(command, 130))
-    states = {run["name"]: run["state_type"] for run in servers.api("POST", "/flow_runs/filter", {})}
-    assert json.dumps(states, sort_keys=True) == (
-        '{"prepare orders": "COMPLETED", "retrain recipe": "CRASHED", "train orders": "CRASHED"}'
-    )

@@ -23,6 +23,9 @@ READY_SECONDS = 600.0
 END_SECONDS = 360.0
 """Bound on the end of everything; 10 s on two idle cores."""
 
+IMPATIENT = "import cli.up; cli.up.SCHEDULED_SECONDS = 8.0; from cli.main import main; main()"
+"""`sft` whose `up` waits 8 s, not two minutes, for the server's planning."""
+
 
 class Up:
     """`sft up` in a folder, with what it printed."""
@@ -33,10 +36,11 @@ class Up:
         self.prefect, self.mlflow = free_port(), free_port()
         self.process: subprocess.Popen[bytes] | None = None
         self.settings: dict[str, str] = {}
+        self.program = ["-m", "cli.main"]
 
     def command(self, *options: str) -> list[str]:
         ports = ["--prefect-port", str(self.prefect), "--mlflow-port", str(self.mlflow)]
-        return [sys.executable, "-m", "cli.main", "up", *ports, "--drain", "5", *options]
+        return [sys.executable, *self.program, "up", *ports, "--drain", "5", *options]
 
     def environment(self) -> dict[str, str]:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
@@ -216,6 +220,7 @@ def test_a_server_that_plans_no_run_of_a_schedule_is_an_error(up: Up) -> None:
         assert connection.execute("select count(*) from deployment_schedule where active").fetchone() == (1,)
         connection.execute("delete from flow_run where auto_scheduled")
     up.settings["PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED"] = "false"
+    up.program = ["-c", IMPATIENT]
     refused = up.run()
     assert refused.returncode == 1
     assert "error: no run is planned of retrain/nightly (cron 0 3 * * * Etc/UTC)" in refused.stderr

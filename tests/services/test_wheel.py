@@ -4,6 +4,7 @@ The environment sees the installed dependencies, but nothing of the checkout: wh
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pyarrow.parquet as pq
 import pytest
 
+from cli.loading import LOAD, our_entrypoints
 from cli.servers import Process, end_marked
 from tests.services.stack import RECIPE, RUN_SECONDS, wait_until, write_project
 from tests.services.test_up import END_SECONDS, Up
@@ -40,6 +43,14 @@ def mine():
     assert clean_word(" x ") == "x"
 """
 OTHER = "raise RuntimeError('the user has this one')\n"
+PLANNED = """
+from sft_core.plan import plan_recipe
+from sft_core.recipe import resolve
+plan_recipe(resolve("recipe.yaml"))
+print("recipe.yaml is planned")
+"""
+CALLED = "load_flow_from_entrypoint(entrypoint).fn()\n"
+"""After LOAD, in one process: what a flow run of ours does first, and what one of the user's does."""
 
 
 @dataclass(frozen=True)
@@ -203,25 +214,27 @@ def ups() -> Iterator[list[InstalledUp]]:
         end_marked(up.folder / ".sft")
 
 
-@pytest.mark.parametrize("name", ["folders"])
-def test_commands_work_in_it(new_environment: Path, tmp_path: Path, tiny_model: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["folders", "packages"])
+def test_commands_work_in_it_and_a_run_would(
+    new_environment: Path, tmp_path: Path, tiny_model: Path, name: str
+) -> None:
+    """The retrainings are below: `sft run` in `folders`, those of `sft up` in `modules`."""
     layout = LAYOUTS[name]
     folder = write_layout(tmp_path / "project", tiny_model, layout)
-    sft = str(new_environment / "sft")
-    assert "Retrain chat models" in done([sft, "--help"], folder)
+    sft, python = str(new_environment / "sft"), str(new_environment / "python")
     assert "demo " in done([sft, "recipes", "list"], folder)
     assert "rows out: 60" in done([sft, "data", "check", "rows.jsonl", "--map-fn", layout.map_fn], folder)
     assert "never built" in done([sft, "explain", "recipe.yaml"], folder)
-    trained = done([sft, "train", "recipe.yaml"], folder, RUN_SECONDS)
-    assert "checkpoint: " in trained
-    assert "promoted" in done([sft, "run", "recipe.yaml"], folder, RUN_SECONDS)
+    ours = our_entrypoints(ROOT / "flows" / "prefect.yaml")
+    assert done([python, "-c", LOAD + PLANNED, *ours], folder).splitlines()[-1] == "recipe.yaml is planned"
+    assert done([python, "-c", LOAD + CALLED, layout.entrypoint], folder).splitlines()[-1] == "mine x"
 
 
-@pytest.mark.parametrize("name", ["packages", "modules"])
+@pytest.mark.parametrize("name", ["modules"])
 def test_sft_up_retrains_in_it(
     new_environment: Path, tmp_path: Path, tiny_model: Path, name: str, ups: list[InstalledUp]
 ) -> None:
-    """The user's own deployment; ours on a worker that the user starts by hand; a whole retraining."""
+    """The user's own deployment; a whole retraining of ours, a part of it on a worker that the user starts by hand."""
     layout = LAYOUTS[name]
     up = InstalledUp(write_layout(tmp_path / "project", tiny_model, layout), new_environment)
     ups.append(up)
@@ -230,10 +243,10 @@ def test_sft_up_retrains_in_it(
     up.wait_completed("mine/own", {})
     by_hand = start_worker_by_hand(up, "hand")
     try:
-        up.wait_completed("prepare/by-hand", {"recipe": {**recipe_of(up.folder), "seed": 1}})
+        compute = {"prepare": "prepare/by-hand"}
+        up.wait_completed("retrain/on-demand", {"recipe": "recipe.yaml", "compute": compute})
     finally:
         by_hand.stop()
-    up.wait_completed("retrain/on-demand", {"recipe": "recipe.yaml"})
     models = done([str(new_environment / "sft"), "models", "list"], up.folder, **up.exports())
     assert "orders" in models
     assert "champion" in models
@@ -259,13 +272,6 @@ def start_worker_by_hand(up: InstalledUp, pool: str) -> Process:
     return Process(pool, worker, log)
 
 
-def recipe_of(folder: Path) -> dict[str, Any]:
-    """The project's recipe, as a part gets it."""
-    import yaml
-
-    return dict(yaml.safe_load((folder / "recipe.yaml").read_text()))
-
-
 def test_sft_up_does_not_say_that_all_is_well_when_a_flow_cannot_be_loaded(
     new_environment: Path, tmp_path: Path, ups: list[InstalledUp]
 ) -> None:
@@ -287,17 +293,32 @@ def test_sft_up_does_not_say_that_all_is_well_when_a_flow_cannot_be_loaded(
     assert up.left() == {}
 
 
-def test_the_demo_runs_from_the_wheel(new_environment: Path, tmp_path: Path) -> None:
-    """Its base model is made on the spot, its rows come with the wheel."""
+def test_the_demo_from_the_wheel_climbs_from_near_zero_to_above_nine_tenths(
+    new_environment: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    """In a folder of the user's, laid out as `folders`. The base model is made on the spot, the rows come with the
+    wheel; what is held out are requests that training has not seen."""
+    folder = write_layout(tmp_path / "project", tiny_model, LAYOUTS["folders"])
     sft = str(new_environment / "sft")
-    explained = subprocess.run([sft, "explain", "demo"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert "Retrain chat models" in done([sft, "--help"], folder)
+    explained = subprocess.run([sft, "explain", "demo"], cwd=folder, capture_output=True, text=True, timeout=120)
     assert explained.stderr.strip() == (
-        f"error: base_model.path '.demo/base': no such folder ({tmp_path / '.demo' / 'base'}); `sft run demo` makes it"
+        f"error: base_model.path '.demo/base': no such folder ({folder / '.demo' / 'base'}); `sft run demo` makes it"
     )
-    short = ["--set", "train.max_steps=2", "--set", "evaluate.max_generated_rows=4"]
-    short += ["--set", "evaluate.primary_metric=loss"]  # four answers are too few to judge by
-    short += ["--set", "register.max_unfinished_increase=1"]  # two steps teach nobody to end an answer
-    printed = done([sft, "run", "demo", *short], tmp_path, 2 * RUN_SECONDS)
+    printed = done([sft, "run", "demo"], folder, 2 * RUN_SECONDS)
     assert "making a tiny base model" in printed
-    assert "verdict" in printed
-    assert "never built" not in done([sft, "explain", "demo", *short], tmp_path)
+    assert re.search(r"^verdict +promoted", printed, re.MULTILINE), printed[-3000:]
+    base, tuned = map(float, re.findall(r"^exact match +([0-9.]+)% +([0-9.]+)%", printed, re.MULTILINE)[0])
+    assert base <= 5
+    assert tuned > 90
+    trained, held_out = (requests_of(folder / ".demo" / "store", side) for side in ("train", "heldout"))
+    assert len(held_out) >= 50
+    assert not trained & held_out
+    assert "never built" not in done([sft, "explain", "demo"], folder)
+
+
+def requests_of(store: Path, side: str) -> set[str]:
+    """What users ask in the conversations of a side."""
+    (normalized,) = (store / "normalize").glob(f"*/{side}")
+    rows = [row for file in normalized.glob("*.parquet") for row in pq.read_table(file).to_pylist()]
+    return {row["messages"][0]["content"] for row in rows}
