@@ -34,13 +34,13 @@ PRESETS = {
         rows=4,
         document_tokens=512,
     ),
-    "toy": Preset(
+    "toy": Preset(  # the smallest vocabulary whose loss is taken in chunks, as of the large one
         config={
-            "vocab_size": 20_000,
-            "hidden_size": 64,
-            "intermediate_size": 128,
+            "vocab_size": 16_384,
+            "hidden_size": 32,
+            "intermediate_size": 64,
             "num_hidden_layers": 2,
-            "num_attention_heads": 8,
+            "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 8192,
         },

@@ -17,12 +17,10 @@ from types import MethodType
 from typing import Any
 
 import torch
-from bitsandbytes import matmul_4bit
-from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
-from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
+
+from sft_core.train.four_bit import is_4bit
 
 ADAPTER = "default"
 """PEFT's name of the only adapter."""
@@ -42,17 +40,27 @@ def fuse_lora(model: Any) -> str:
 
 def _is_plain(layer: Any) -> bool:
     """Whether the layer's forward is the base product plus one scaled update, of weights that are here whole."""
-    if type(layer) not in (LoraLinear, LoraLinear4bit) or list(layer.lora_A) != [ADAPTER]:
+    if not isinstance(layer, LoraLayer) or list(layer.lora_A) != [ADAPTER]:
         return False
     base, pair = layer.get_base_layer(), (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER])
     weights = [base.weight, *(part.weight for part in pair)]
     return (
-        type(base) in (torch.nn.Linear, Linear4bit)
+        (type(layer), type(base)) in _kinds(base)
         and not layer.lora_variant
         and not any(parameter.requires_grad for parameter in base.parameters())
         and all(type(part) is torch.nn.Linear and part.bias is None for part in pair)
         and not any(hasattr(weight, "ds_id") for weight in weights)
     )
+
+
+def _kinds(base: Any) -> list[tuple[type, type]]:
+    """Kinds of layer and base that are replaced."""
+    if not is_4bit(base):
+        return [(LoraLinear, torch.nn.Linear)]
+    from bitsandbytes.nn import Linear4bit  # slow to import; here it is loaded
+    from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
+
+    return [(LoraLinear4bit, Linear4bit)]
 
 
 def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -80,7 +88,7 @@ def _product_dtype(layer: Any, base: Any, x: torch.Tensor) -> torch.dtype | None
     kind = x.device.type
     autocast = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
     update: torch.dtype = autocast or layer.lora_A[ADAPTER].weight.dtype
-    if isinstance(base, Linear4bit):
+    if is_4bit(base):
         product = base.compute_dtype if getattr(base.weight, "quant_state", None) is not None else None
     else:
         product = autocast or (base.weight.dtype if base.weight.dtype == x.dtype else None)
@@ -106,6 +114,8 @@ class _AddedUpdate(torch.autograd.Function):
         if state is None:
             y = torch.nn.functional.linear(rows, weight.to(rows.dtype), bias)  # (n, out)
         else:
+            from bitsandbytes import matmul_4bit
+
             y = matmul_4bit(rows, weight, quant_state=state, bias=bias)
         low = seen_rows @ a.t()  # (n, r)
         y.addmm_(low, b.t(), alpha=scale)
@@ -122,7 +132,7 @@ class _AddedUpdate(torch.autograd.Function):
         of_given, of_seen = None, None
         if ctx.needs_input_grad[0]:
             weight, state = ctx.frozen
-            whole = weight if state is None else dequantize_4bit(weight, state)
+            whole = weight if state is None else _dequantized(weight, state)
             of_given = gradient @ whole.to(gradient.dtype)  # (n, in)
             if ctx.same:
                 of_given.addmm_(of_low, a)
@@ -130,3 +140,10 @@ class _AddedUpdate(torch.autograd.Function):
         if not ctx.same and ctx.needs_input_grad[1]:
             of_seen = (of_low @ a).view(ctx.shape)
         return of_given, of_seen, of_low.t() @ seen_rows, (gradient.t() @ low).mul_(ctx.scale), None
+
+
+def _dequantized(weight: torch.Tensor, state: Any) -> torch.Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    whole: torch.Tensor = dequantize_4bit(weight, state)
+    return whole

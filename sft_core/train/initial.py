@@ -20,8 +20,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
@@ -31,6 +29,7 @@ from sft_core.errors import RecipeError
 from sft_core.merge.shards import base_shards
 from sft_core.recipe import TrainConfig
 from sft_core.train.checkpoints import complete_checkpoints
+from sft_core.train.four_bit import is_4bit
 
 LOFTQ = "loftq.safetensors"
 """Beside the checkpoints: LoftQ's A and B."""
@@ -115,10 +114,12 @@ def _loftq_pairs(
     model: Any, base: Path, known: dict[str, torch.Tensor] | None
 ) -> Iterator[tuple[str, Any, tuple[torch.Tensor, torch.Tensor]]]:
     """Adapted 4-bit layers with their A (rank, in) and B (out, rank), made now or `known`."""
+    from bitsandbytes.functional import dequantize_4bit  # slow to import; here it is loaded
+
     places = {name: place for shard in base_shards(base).values() for name, place in shard.items()}
     for name, module in _adapted(model):
         layer = module.get_base_layer()
-        if not isinstance(layer, Linear4bit):
+        if not is_4bit(layer):
             continue
         if known is not None:
             yield name, module, (known[f"{name}.lora_A.weight"], known[f"{name}.lora_B.weight"])

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from peft import get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -17,6 +16,7 @@ from sft_core.base_check.generation import saveable
 from sft_core.errors import ModelError
 from sft_core.recipe import TrainConfig
 from sft_core.train.fit import adapter_settings, not_adaptable
+from sft_core.train.four_bit import is_4bit
 from sft_core.train.initial import initialise
 from sft_core.train.machine import restore_rotary
 from sft_core.train.targets import ALL_LINEAR, fused_experts
@@ -72,7 +72,7 @@ def keep_4bit_weights_unpacked(model: Any) -> None:
     """On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit weight in place at its first forward in eval mode:
     rounded to bf16, only for sizes divisible by 32, and for good. Training wants the weights as they were quantised."""
     for module in model.modules():
-        if isinstance(module, Linear4bit):
+        if is_4bit(module):
             module.support_avx512bf16_for_cpu = False
 
 

@@ -12,6 +12,7 @@ import torch
 
 from sft_core.errors import RecipeError
 from sft_core.recipe import LoraConfig
+from sft_core.train.four_bit import is_4bit
 
 ALL_LINEAR = "all-linear"
 ROUTER_NAME = re.compile(r"(?:.*_)?(?:gate|router)")
@@ -37,14 +38,12 @@ def adapted_modules(model: Any, lora: LoraConfig) -> list[str]:
 
 def check_modules_to_save(model: Any, lora: LoraConfig) -> None:
     """RecipeError for a name that fits no module (PEFT would say nothing), or that names 4-bit weights."""
-    from bitsandbytes.nn import Linear4bit
-
     modules = dict(model.named_modules())
     for target in lora.modules_to_save:
         found = [name for name in modules if is_trained_whole(name, (target,))]
         if not found:
             raise RecipeError(f"train.lora.modules_to_save: {_no_such_module(target, modules)}")
-        if any(isinstance(inner, Linear4bit) for name in found for inner in modules[name].modules()):
+        if any(is_4bit(inner) for name in found for inner in modules[name].modules()):
             raise RecipeError(
                 f"train.lora.modules_to_save: {target!r} is held in 4 bits and cannot be trained whole; set "
                 "quantization: none, or adapt it (target_modules)"

@@ -30,7 +30,6 @@ STOPPED = "stopped: "
 def main(spec_path: str, ddp_timeout: float) -> int:
     """Train to the end, or to a SIGTERM. Ranks wait for one another for `ddp_timeout` seconds at most."""
     _die_with_parent(spec_path)
-    sys.modules["mlflow"] = None  # type: ignore[assignment]  # DeepSpeed would import it: seconds, and for nothing
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which asks for a stop
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from sft_core.errors import SftError  # after the environment is set
@@ -45,6 +44,7 @@ def main(spec_path: str, ddp_timeout: float) -> int:
     heart = Heart(beats, os.environ.get("RANK", "0"), ddp_timeout)  # beats while torch loads
     try:
         spec = TrainSpec.read(Path(spec_path))
+        _leave_out(spec)
         end_without(beats / launcher_of(os.environ), spec.silence_seconds, FAULT)
         status = run(spec, heart, ddp_timeout)
         if status == EXIT_STOPPED:
@@ -69,6 +69,16 @@ def main(spec_path: str, ddp_timeout: float) -> int:
         why = str(error).partition("\n")[0]
         print(LOST + json.dumps(f"rank {os.environ['RANK']} waited for other ranks in vain ({why})"), flush=True)
         return 1
+
+
+def _leave_out(spec: Any) -> None:
+    """What libraries would import because it is installed, and this rank has no use for: seconds of each start."""
+    unused = ["mlflow"]
+    if not spec.trust_remote_code:  # a model's own code may import what it likes
+        unused.append("scipy")
+        unused += ["bitsandbytes"] if spec.config.quantization == "none" else []
+        unused += ["deepspeed"] if spec.config.deepspeed is None else []
+    sys.modules.update(dict.fromkeys(unused, None))  # type: ignore[arg-type]
 
 
 def run(spec: Any, heart: Any, ddp_timeout: float) -> int:
@@ -202,8 +212,8 @@ def _look_at_device(spec: Any) -> None:
     check_cuda(spec.cuda)
     if spec.config.deterministic:
         be_deterministic()
-    _avoid_compiled_ops(torch.cuda.is_available())
     if spec.config.deepspeed is not None:
+        _avoid_compiled_ops(torch.cuda.is_available())
         _avoid_nvml()
 
 

@@ -7,15 +7,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
+from cli.main import main
 from sft_core.disk_faults import disk_fault, naming_disk_faults
 from sft_core.errors import DataError, DiskError, RowError
 from sft_core.pack.renders import Renders
-from tests.cli.test_commands import folder, sft
+from tests.cli.test_commands import GOOD
 
-__all__ = ["folder"]
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 SECONDS = 800
@@ -46,20 +48,35 @@ if __name__ == "__main__":
 READ_ONLY = "mount --bind store store && mount -o remount,bind,ro store && exec "
 
 
-def test_each_step_names_a_disk_that_takes_no_more_and_goes_on_once_it_does(folder: Path) -> None:
+def make_project(folder: Path, model: Path) -> Path:
+    rows = [f'{{"text": "### Human: say w{i}### Assistant: w{i}!"}}\n' for i in range(40)]
+    (folder / "rows.jsonl").write_text("".join(rows))
+    (folder / "good.yaml").write_text(GOOD.format(store="store", model=model))
+    return folder
 
-    (folder / "each_step.py").write_text(EACH_STEP)
-    done = subprocess.run(
-        [sys.executable, "each_step.py"],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
     )
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[Path, dict[str, tuple[str, str, bool]]]:
+    """A project after all its steps, each tried first on a disk that takes no more; and what that said. Do not write
+    to it."""
+    folder = make_project(tmp_path_factory.mktemp("built"), tiny_model)
+    (folder / "each_step.py").write_text(EACH_STEP)
+    done = run(folder, sys.executable, "each_step.py")
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.rpartition("FOUND ")[2])
+    return folder, json.loads(done.stdout.rpartition("FOUND ")[2])
+
+
+def test_each_step_names_a_disk_that_takes_no_more_and_goes_on_once_it_does(
+    built: tuple[Path, dict[str, tuple[str, str, bool]]],
+) -> None:
+    folder, found = built
     assert list(found) == ["fetch/0", "normalize", "pack", "convert", "merge", "evaluate/tuned", "evaluate/base"]
     for key, (kind, words, absent) in found.items():
         assert (kind, absent) == ("DiskError", True), words
@@ -69,33 +86,22 @@ def test_each_step_names_a_disk_that_takes_no_more_and_goes_on_once_it_does(fold
     assert list((folder / "store" / ".staging").iterdir()) == []
 
 
-def alone(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def alone(folder: Path, *arguments: str, command: str = f"{sys.executable} -m cli.main") -> Any:
     """`sft` in a mount namespace in which the store is read-only."""
     unshare = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
-    command = " ".join([sys.executable, "-m", "cli.main", *arguments])
-    return subprocess.run(
-        [*unshare, "sh", "-c", READ_ONLY + command],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
+    return run(folder, *unshare, "sh", "-c", READ_ONLY + " ".join([command, *arguments]))
 
 
 def can_mount(folder: Path) -> bool:
-    if shutil.which("unshare") is None:
-        return False
-    (folder / "store").mkdir(exist_ok=True)
-    return "Usage" in alone(folder, "--help").stdout
+    return shutil.which("unshare") is not None and alone(folder, command="true").returncode == 0
 
 
-def test_a_run_that_is_wholly_reused_works_on_a_read_only_store(folder: Path) -> None:
+def test_a_run_that_is_wholly_reused_works_on_a_read_only_store(
+    built: tuple[Path, dict[str, tuple[str, str, bool]]],
+) -> None:
+    folder, _ = built
     if not can_mount(folder):
         pytest.skip("no mount namespaces here")
-    first = sft(folder, "train", "good.yaml")
-    assert first.returncode == 0, first.stderr
     again = alone(folder, "train", "good.yaml")
     assert again.returncode == 0, again.stderr
     assert "Read-only file system: sft store gc will count its days from an earlier use" in again.stdout + again.stderr
@@ -120,9 +126,14 @@ def test_a_run_that_is_wholly_reused_works_on_a_read_only_store(folder: Path) ->
     ],
     ids=lambda change: change[0],
 )
-def test_a_name_that_is_too_long_is_one_line(folder: Path, change: tuple[str, str]) -> None:
-    import yaml
-
+def test_a_name_that_is_too_long_is_one_line(
+    change: tuple[str, str],
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = make_project(tmp_path, tiny_model)
     key, value = change
     recipe = yaml.safe_load((folder / "good.yaml").read_text())
     *path, last = key.split(".")
@@ -131,10 +142,15 @@ def test_a_name_that_is_too_long_is_one_line(folder: Path, change: tuple[str, st
         place = place[int(name)] if name.isdigit() else place.setdefault(name, {})
     place[last] = value
     (folder / "long.yaml").write_text(yaml.safe_dump(recipe))
-    done = sft(folder, "train", "long.yaml")
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(("error: ", "  "))
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("sys.argv", ["sft", "train", "long.yaml"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    assert told.splitlines()[-1].startswith(("error: ", "  "))
 
 
 @pytest.mark.parametrize(

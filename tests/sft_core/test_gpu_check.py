@@ -50,31 +50,28 @@ def test_every_stage_runs(tmp_path: Path) -> None:
     losses = [ladder[name]["loss"] for name in LADDER[2:]]  # without dropout
     assert max(losses) - min(losses) < 1e-2 * min(losses)
     (same,) = (line["same_bits"] for line in lines if line["stage"] == "product" and "same_bits" in line)
-    assert same == {"second": True, "resumed": True}  # on a CPU
+    assert same == {"resumed": True}  # on a CPU
     runs = {line["run"]: line for line in lines if "run" in line}
-    assert set(runs) == {"first", "second", "resumed", "auto"}
+    assert set(runs) == {"first", "resumed", "auto"}
     chosen = runs["auto"]["facts"]
     assert chosen["per_device_train_batch_size"] * chosen["gradient_accumulation_steps"] == 4
     assert [line["step"] for line in lines if "step" in line] == ["merge", "evaluate", "chat"]
 
 
 @pytest.mark.slow
-def test_a_stage_that_fails_costs_itself_alone(tmp_path: Path) -> None:
+def test_a_stage_that_fails_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stage that raises is a line with its reason; the next one runs; the exit status tells."""
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    script = (
-        "import sys; sys.path[:0] = [sys.argv[1]]; import gpu_check, gpu_check_kernels\n"
-        "def attention(bench): raise RuntimeError('no such kernel')\n"
-        "sys.path[:0] = [str(gpu_check.ROOT), str(gpu_check.ROOT / 'benchmarks')]\n"
-        "gpu_check_kernels.attention = attention\n"
-        "sys.exit(gpu_check.main(['--toy', '--only', 'attention,nf4']))\n"
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OUT": str(broken)}
-    command = [sys.executable, "-W", "ignore", "-c", script, str(SCRIPT.parent)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=RUN_SECONDS, check=False)
-    lines = [json.loads(line) for line in (broken / "check.jsonl").read_text("utf-8").splitlines()]
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    monkeypatch.setenv("OUT", str(tmp_path))
+    import gpu_check
+    import gpu_check_kernels
+
+    def attention(bench: Any) -> dict[str, Any]:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(gpu_check_kernels, "attention", attention)
+    assert gpu_check.main(["--toy", "--only", "attention,nf4"]) == 1
+    lines = [json.loads(line) for line in (tmp_path / "check.jsonl").read_text("utf-8").splitlines()]
     assert [line["stage"] for line in lines] == ["attention", "nf4"]
     assert lines[0]["FAULT"] == "RuntimeError('no such kernel')"
     assert lines[1]["weights_off_a_cpu"] == 0.0
-    assert run.returncode == 1, run.stderr[-2000:]

@@ -16,11 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from sft_core.convert import ConvertOptions, convert_checkpoint
 from sft_core.errors import ModelError, RecipeError
 from sft_core.merge import MergeOptions, merge_adapter
-from sft_core.recipe import LoraConfig
+from sft_core.recipe import LoraConfig, TrainConfig
 from sft_core.train.fit import check_adapter
 from sft_core.train.limits import check_training
 from sft_core.train.model import load_trainable
-from tests.sft_core.train_runs import config, make_packed, train, train_here
+from tests.sft_core.train_runs import config, make_packed, run_together, train_here
 
 TOKENS = ["<|im_end|>", "<|im_start|>"]
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -101,32 +101,40 @@ def test_rows_are_kept_in_float32_and_are_all_that_is_trained_of_the_embeddings(
     assert {(value.dtype, tuple(value.shape)) for value in found.values()} == {(torch.float32, (2, 64))}
 
 
+RUNS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama, zero2, nf4": {"deepspeed": "zero2", "quantization": "nf4"},
+    "tied, nf4": {"quantization": "nf4"},
+    "tied, zero2": {"deepspeed": "zero2"},
+    "gemma3, zero1": {"deepspeed": "zero1"},
+}
+"""Each begins with its family."""
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, write_conversations: Callable[..., Path]
+) -> dict[str, tuple[Path, Path, TrainConfig, Path]]:
+    """Packed rows, base, section and result of RUNS; those under DeepSpeed in one process."""
+    folder, runs = tmp_path_factory.mktemp("rows"), {}
+    for name, changes in RUNS.items():
+        base = make_base(name.partition(",")[0], tiny_model, folder / name / "base")
+        packed = make_packed(folder / name / "data", base, write_conversations)
+        runs[name] = (packed, base, config(lora={"trainable_tokens": TOKENS}, max_steps=3, num_processes=1, **changes))
+    found = run_together(folder, {name: runs[name] for name, changes in RUNS.items() if "deepspeed" in changes})
+    for name, (packed, base, section) in runs.items():
+        if name not in found:
+            found[name] = train_here(packed, base, folder / name, section)
+    return {name: (*runs[name], found[name]) for name in runs}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "deepspeed", "quantization"),
-    [
-        ("llama", None, "none"),
-        ("llama", "zero2", "nf4"),
-        ("tied", None, "nf4"),
-        ("tied", "zero2", "none"),
-        ("gemma3", "zero1", "none"),
-    ],
-)
+@pytest.mark.parametrize("name", RUNS)
 def test_the_merged_model_is_the_base_but_for_the_adapter_and_these_rows(
-    family: str,
-    deepspeed: str | None,
-    quantization: str,
-    tiny_model: Path,
-    tmp_path: Path,
-    write_conversations: Callable[..., Path],
+    name: str, trained: dict[str, tuple[Path, Path, TrainConfig, Path]], tmp_path: Path
 ) -> None:
-    base = make_base(family, tiny_model, tmp_path / "base")
-    packed = make_packed(tmp_path / "data", base, write_conversations)
-    section = config(
-        lora={"trainable_tokens": TOKENS}, deepspeed=deepspeed, quantization=quantization, max_steps=3, num_processes=1
-    )
-    run = train_here if deepspeed is None else train
-    checkpoint = run(packed, base, tmp_path, section) / "checkpoint"
+    packed, base, section, out = trained[name]
+    family, checkpoint = name.partition(",")[0], out / "checkpoint"
     options = ConvertOptions(base=base, tokenizer=packed / "tokenizer", dtype=None)
     convert_checkpoint(checkpoint, tmp_path / "adapter", section.lora, str(base), options)
     outcome = merge_adapter(
@@ -136,12 +144,12 @@ def test_the_merged_model_is_the_base_but_for_the_adapter_and_these_rows(
     ids = AutoTokenizer.from_pretrained(base).convert_tokens_to_ids(TOKENS)
     before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
     assert before.keys() == after.keys()
-    tables = [name for name in before if before[name].shape == (259, 64)]
+    tables = [table for table in before if before[table].shape == (259, 64)]
     assert len(tables) == (1 if family in ("tied", "gemma3") else 2)
-    for name in tables:
-        changed = (before[name] != after[name]).any(dim=1).nonzero().flatten().tolist()
+    for table in tables:
+        changed = (before[table] != after[table]).any(dim=1).nonzero().flatten().tolist()
         assert changed == sorted(ids)
-        assert float((before[name] - after[name])[ids].abs().max()) > 1e-3
+        assert float((before[table] - after[table])[ids].abs().max()) > 1e-3
     live = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter").eval()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     given = torch.arange(200).unsqueeze(0)

@@ -13,7 +13,7 @@ from sft_core.train.checkpoints import COMPLETE, Counts, keep_newest, mark_compl
 from sft_core.train.metrics import read_metrics
 from tests.sft_core.test_train_heldout import evaluations
 from tests.sft_core.test_train_resume import kill_once
-from tests.sft_core.train_runs import config, train, weights_hash
+from tests.sft_core.train_runs import config, train, train_here, weights_hash
 
 PATIENCE = 3
 OVERFITS = config(
@@ -27,6 +27,8 @@ OVERFITS = config(
     eval_steps=2,
     load_best_model_at_end=True,
     early_stopping_patience=PATIENCE,
+    sample_prompts=("say w1", "say it"),
+    sample_max_new_tokens=5,
     save_steps=1,
     save_total_limit=1,
 )
@@ -38,6 +40,7 @@ def stopped(packed: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFac
     """A folder with `work` and `out` of a run that ended early."""
     folder = tmp_path_factory.mktemp("stopped")
     train(packed, tiny_model, folder, OVERFITS)
+    assert len((folder / "out" / "samples.jsonl").read_text().splitlines()) == 2 * len(evaluations(folder / "out"))
     return folder
 
 
@@ -52,19 +55,22 @@ def test_training_ends_when_patience_does_and_the_best_weights_are_the_result(
     until_best = OVERFITS.model_copy(
         update={"max_steps": best, "load_best_model_at_end": False, "early_stopping_patience": None}
     )
-    expected = train(packed, tiny_model, tmp_path, until_best)  # a constant rate: the same steps
+    expected = train_here(packed, tiny_model, tmp_path, until_best)  # a constant rate: the same steps
     assert weights_hash(stopped / "out") == weights_hash(expected)
     kept = sorted(path.name for path in (stopped / "work").glob("checkpoint-*"))
     assert kept == sorted({f"checkpoint-{best}", f"checkpoint-{last}"})
 
 
 @pytest.mark.slow
-def test_best_and_patience_survive_kills(stopped: Path, packed: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_best_patience_evaluations_and_samples_survive_kills(
+    stopped: Path, packed: Path, tiny_model: Path, tmp_path: Path
+) -> None:
     draw = random.Random(1)
     for _ in range(2):
         kill_once(packed, tiny_model, tmp_path, OVERFITS, draw)
     out = train(packed, tiny_model, tmp_path, OVERFITS)
     assert evaluations(out) == evaluations(stopped / "out")
+    assert (out / "samples.jsonl").read_bytes() == (stopped / "out" / "samples.jsonl").read_bytes()
     assert weights_hash(out) == weights_hash(stopped / "out")
 
 

@@ -15,26 +15,39 @@ from sft_core.train.checkpoints import read_mark
 from sft_core.train.metrics import read_metrics
 from sft_core.train.spec import TrainSpec
 from sft_core.train.world_size import RESIZED
-from tests.sft_core.train_runs import assert_same_run, config, losses, make_packed, train, train_here, weights
+from tests.sft_core.train_runs import (
+    assert_same_run,
+    config,
+    losses,
+    make_packed,
+    train,
+    train_here,
+    train_together,
+    weights,
+)
 
-SAME = {
-    "two ranks": config(num_processes=2, gradient_accumulation_steps=2),
+FULL = config(lora=None, max_steps=3)
+ONE_RANK = {
     "zero1": config(deepspeed="zero1"),
     "zero2": config(deepspeed="deepspeed_zero2"),
     "zero3": config(deepspeed="zero3"),
-    "two ranks, zero3": config(num_processes=2, gradient_accumulation_steps=2, deepspeed="zero3"),
     "zero2_offload": config(deepspeed="zero2_offload"),
     "zero3_offload": config(deepspeed="zero3_offload"),
+    "all weights, zero2": FULL.model_copy(update={"deepspeed": "zero2"}),
+    "all weights, zero3": FULL.model_copy(update={"deepspeed": "zero3"}),
+}
+SHARED = {"num_processes": 2, "gradient_accumulation_steps": 2}
+TWO_RANKS = {
+    "two ranks": config(**SHARED),
+    "two ranks, 4-bit base": config(**SHARED, deepspeed="zero2", quantization="nf4"),
+    "two ranks, zero3": config(**SHARED, deepspeed="zero3"),
 }
 SPLITS: dict[str, dict[str, Any]] = {
     "micro-batches": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
     "pairs": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     "checkpointing": {"gradient_checkpointing": True},
 }
-TWO_RANKS_ZERO2 = config(
-    num_processes=2, gradient_accumulation_steps=2, deepspeed="zero2", save_steps=2, save_total_limit=9
-)
-FULL = config(lora=None, max_steps=3)
+TWO_RANKS_ZERO2 = config(**SHARED, deepspeed="zero2", save_steps=2, save_total_limit=9)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +74,18 @@ def two_ranks(packed: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathF
     return train(packed, tiny_model, tmp_path_factory.mktemp("two"), TWO_RANKS_ZERO2)
 
 
+@pytest.fixture(scope="module")
+def one_rank(packed: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """ONE_RANK, all in one process."""
+    return train_together(packed, tiny_model, tmp_path_factory.mktemp("one"), ONE_RANK)
+
+
+@pytest.fixture(scope="module")
+def by_two_ranks(packed: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """TWO_RANKS, all in one pair of processes."""
+    return train_together(packed, tiny_model, tmp_path_factory.mktemp("pair"), TWO_RANKS)
+
+
 @pytest.mark.slow
 def test_a_rank_s_work_is_the_same_in_this_process_and_in_its_own(
     plain: Path, packed: Path, tiny_model: Path, tmp_path: Path
@@ -69,11 +94,19 @@ def test_a_rank_s_work_is_the_same_in_this_process_and_in_its_own(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SAME)
-def test_a_split_of_the_same_work_trains_the_same(
-    name: str, plain: Path, packed: Path, tiny_model: Path, tmp_path: Path
+@pytest.mark.parametrize("name", ONE_RANK)
+def test_one_rank_under_deepspeed_equals_one_without(
+    name: str, one_rank: dict[str, Path], plain: Path, plain_full: Path
 ) -> None:
-    assert_same_run(train(packed, tiny_model, tmp_path, SAME[name]), plain)
+    whole = name.startswith("all weights")
+    assert ("lm_head.weight" in weights(one_rank[name])) == whole
+    assert_same_run(one_rank[name], plain_full if whole else plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TWO_RANKS)
+def test_two_ranks_equal_one(name: str, by_two_ranks: dict[str, Path], plain: Path, plain_qlora: Path) -> None:
+    assert_same_run(by_two_ranks[name], plain_qlora if "4-bit" in name else plain)
 
 
 @pytest.mark.slow
@@ -84,12 +117,6 @@ def test_micro_batches_and_recomputed_activations_change_nothing(
 ) -> None:
     section = config(quantization="nf4" if base == "plain_qlora" else "none", **SPLITS[name])
     assert_same_run(train_here(packed, tiny_model, tmp_path, section), request.getfixturevalue(base))
-
-
-@pytest.mark.slow
-def test_two_ranks_on_a_4_bit_base_equal_one(plain_qlora: Path, packed: Path, tiny_model: Path, tmp_path: Path) -> None:
-    section = TWO_RANKS_ZERO2.model_copy(update={"quantization": "nf4"})
-    assert_same_run(train(packed, tiny_model, tmp_path, section), plain_qlora)
 
 
 @pytest.mark.slow
@@ -116,16 +143,6 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     mark = read_mark(found / "checkpoint")
     assert mark is not None
     assert (mark.world_size, mark.micro_batches) == (ranks, 4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("deepspeed", ["zero2", "zero3"])
-def test_full_fine_tuning_trains_the_same_under_zero(
-    deepspeed: str, plain_full: Path, packed: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    found = train(packed, tiny_model, tmp_path, FULL.model_copy(update={"deepspeed": deepspeed}))
-    assert "lm_head.weight" in weights(found)
-    assert_same_run(found, plain_full)
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,27 @@ from sft_core.errors import RecipeError, SftError
 from sft_core.evaluate.examples import read_examples
 from sft_core.evaluate.scoring import score_sequences
 from sft_core.pack import load_packed
+from sft_core.recipe import TrainConfig
 from sft_core.train.heldout import read_held_out
 from sft_core.train.metrics import read_metrics
-from tests.sft_core.test_train_resume import kill_once
-from tests.sft_core.train_runs import config, losses, train, train_here, weights_hash
+from tests.sft_core.train_runs import config, losses, train_here, train_together, weights_hash
 
 DROPOUT = {"lora": {"lora_dropout": 0.1}}
 """So that a random number drawn, or a mode not restored, would show."""
 SEEN = {"eval_steps": 2, "sample_prompts": ("say w1", "say it"), "sample_max_new_tokens": 5}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": DROPOUT,
+    "whole model": {"lora": None, "dtype": "bfloat16"},
     "qlora, zero2": {**DROPOUT, "quantization": "nf4", "deepspeed": "zero2", "gradient_checkpointing": True},
     "zero3": {**DROPOUT, "deepspeed": "zero3", "sample_prompts": ()},
     "two ranks": {**DROPOUT, "num_processes": 2, "gradient_accumulation_steps": 2},
-    "whole model": {"lora": None, "dtype": "bfloat16"},
 }
+
+
+def pair(method: str) -> dict[str, TrainConfig]:
+    """The run alone, and seen."""
+    plain = config(**{**METHODS[method], "sample_prompts": ()})
+    return {f"{method}, plain": plain, f"{method}, seen": config(**{**SEEN, **METHODS[method]})}
 
 
 def evaluations(out: Path) -> dict[int, float]:
@@ -37,15 +42,22 @@ def evaluations(out: Path) -> dict[int, float]:
     return {entry["optimizer_step"]: entry["eval_loss"] for entry in entries if "eval_loss" in entry}
 
 
+@pytest.fixture(scope="module")
+def trained(packed: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """All pairs: here, in one process under DeepSpeed, and by two ranks."""
+    folder = tmp_path_factory.mktemp("pairs")
+    here = {**pair("lora"), **pair("whole model")}
+    found = {name: train_here(packed, tiny_model, folder / name, section) for name, section in here.items()}
+    for methods in (("qlora, zero2", "zero3"), ("two ranks",)):
+        sections = {name: section for method in methods for name, section in pair(method).items()}
+        found |= train_together(packed, tiny_model, folder, sections)
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_evaluations_and_samples_leave_the_trajectory_as_it_is(
-    method: str, packed: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    plain = config(**{**METHODS[method], "sample_prompts": ()})
-    trained = train if plain.deepspeed or plain.num_processes else train_here
-    expected = trained(packed, tiny_model, tmp_path / "plain", plain)
-    found = trained(packed, tiny_model, tmp_path / "seen", config(**{**SEEN, **METHODS[method]}))
+def test_evaluations_and_samples_leave_the_trajectory_as_it_is(method: str, trained: dict[str, Path]) -> None:
+    expected, found = (trained[name] for name in pair(method))
     assert weights_hash(found) == weights_hash(expected)
     assert losses(found) == losses(expected)
     assert list(evaluations(found)) == [2, 4, 5]  # every second step, and the last
@@ -86,19 +98,6 @@ def test_sample_answers_are_those_of_the_result_and_in_the_artifact(
         answer = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
         assert sample["answer"] == tokenizer.decode(answer, skip_special_tokens=True).strip()
         assert f"note: step 5: {sample['prompt']!r} -> {sample['answer']!r}" in lines
-
-
-@pytest.mark.slow
-def test_a_killed_run_has_every_evaluation_and_every_sample_once(
-    packed: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    section = config(**DROPOUT, **SEEN, save_steps=1)
-    expected = train(packed, tiny_model, tmp_path / "straight", section)
-    kill_once(packed, tiny_model, tmp_path / "killed", section, random.Random(5))
-    found = train(packed, tiny_model, tmp_path / "killed", section)
-    assert weights_hash(found) == weights_hash(expected)
-    assert evaluations(found) == evaluations(expected)
-    assert (found / "samples.jsonl").read_bytes() == (expected / "samples.jsonl").read_bytes()
 
 
 def test_the_model_is_in_its_former_mode_afterwards_and_nothing_random_is_drawn(packed: Path, tiny_model: Path) -> None:

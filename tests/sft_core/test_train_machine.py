@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from sft_core.train.initial import largest_part
 from sft_core.train.launchers import training_environment
 from sft_core.train.machine import be_deterministic, check_rotary, restore_rotary
 from sft_core.train.model import freeze, load_base
+from sft_core.train.worker import _leave_out
 from sft_core.train.zero import PRESETS, deepspeed_config
 from tests.sft_core.architectures import SMALL
 from tests.sft_core.test_train_saving import arguments
@@ -63,6 +65,24 @@ def test_a_training_with_sixteen_bit_frequencies_does_not_begin(
     with pytest.raises(TrainError, match="inv_freq is held in bfloat16"):
         status_here(packed, tiny_model, tmp_path, config(dtype="bfloat16"))
     assert not (tmp_path / "work" / "checkpoint-5").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "own_code", "expected"),
+    [
+        ({}, False, {"mlflow", "scipy", "bitsandbytes", "deepspeed"}),
+        ({"quantization": "nf4", "deepspeed": "zero2"}, False, {"mlflow", "scipy"}),
+        ({}, True, {"mlflow"}),
+    ],
+)
+def test_a_rank_leaves_out_what_it_has_no_use_for(
+    changes: dict[str, Any], own_code: bool, expected: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, modules = SimpleNamespace(config=config(**changes), trust_remote_code=own_code), dict[str, Any]()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "modules", modules)
+        _leave_out(spec)
+    assert modules == dict.fromkeys(expected)
 
 
 @pytest.fixture
@@ -247,4 +267,5 @@ def sum_of_two_gradients() -> float:
 
 
 if __name__ == "__main__":
+    sys.modules["mlflow"] = None  # type: ignore[assignment]  # DeepSpeed would import it
     print(json.dumps(facts(*map(Path, sys.argv[1:]))))

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from sft_core.train.model import load_trainable
-from tests.sft_core.train_runs import config, losses, train, train_here, weights
+from tests.sft_core.train_runs import config, losses, train_here, train_together, weights
 
 LAYERS = [
     f"base_model.model.model.layers.{layer}.{module}"
@@ -28,6 +28,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "modules_to_save": {"lora": {"modules_to_save": ["embed_tokens", "lm_head"]}},
     "whole model": {"lora": None},
 }
+UNDER_ZERO = ("lora", "qlora", "modules_to_save", "whole model")
 
 
 def trainable(model: Path, **changes: Any) -> Any:
@@ -84,18 +85,21 @@ def test_a_module_trained_whole_moves_and_what_is_not_named_does_not(
     assert all(bool(saved[f"{layer}.lora_B.weight"].any()) for layer in LAYERS)
 
 
+@pytest.fixture(scope="module")
+def under_zero(packed: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """`METHOD, STAGE` in bfloat16, all in one process."""
+    sections = {
+        f"{method}, {stage}": config(**METHODS[method], dtype="bfloat16", max_steps=3, deepspeed=stage)
+        for method in UNDER_ZERO
+        for stage in ("zero2", "zero3")
+    }
+    return train_together(packed, tiny_model, tmp_path_factory.mktemp("zero"), sections)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "qlora", "modules_to_save", "whole model"])
-def test_zero3_in_bfloat16_trains_as_zero2_does(method: str, packed: Path, tiny_model: Path, tmp_path: Path) -> None:
-    two, three = (
-        train(
-            packed,
-            tiny_model,
-            tmp_path / name,
-            config(**METHODS[method], dtype="bfloat16", max_steps=3, deepspeed=name),
-        )
-        for name in ("zero2", "zero3")
-    )
+@pytest.mark.parametrize("method", UNDER_ZERO)
+def test_zero3_in_bfloat16_trains_as_zero2_does(method: str, under_zero: dict[str, Path], tiny_model: Path) -> None:
+    two, three = (under_zero[f"{method}, {stage}"] for stage in ("zero2", "zero3"))
     assert losses(three) == pytest.approx(losses(two), abs=5e-3)  # rounding to 8 bits; a step moves the loss by 0.1
     assert losses(two)[2] < losses(two)[0] - 0.05
     if method == "whole model":

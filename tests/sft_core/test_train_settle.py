@@ -10,12 +10,12 @@ import torch
 from sft_core.artifacts import Outcome
 from sft_core.errors import RecipeError
 from sft_core.recipe import TrainConfig
-from sft_core.train import TrainInputs, train_adapter
+from sft_core.train import TrainInputs, chosen_split, train_adapter
 from sft_core.train.checkpoints import COMPLETE, Counts, mark_complete, read_mark
 from sft_core.train.settle import free_bytes
 from sft_core.train.world_size import going_on
 from sft_core.train.zero import deepspeed_config
-from tests.sft_core.train_runs import assert_same_run, config, train_here
+from tests.sft_core.train_runs import assert_same_run, config, train_here, train_together
 
 AUTO = config(per_device_train_batch_size="auto", gradient_checkpointing="auto", save_steps=2, save_total_limit=9)
 
@@ -38,41 +38,50 @@ def said(lines: list[str]) -> str:
     return line
 
 
+@pytest.fixture(scope="module")
+def chosen(packed: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome, list[str]]:
+    """AUTO's folder with `work` and `out`, its outcome and its lines."""
+    folder = tmp_path_factory.mktemp("chosen")
+    return folder, *train(packed, tiny_model, folder, AUTO)
+
+
 @pytest.mark.slow
 def test_what_was_chosen_is_said_with_its_sum_and_trains_the_same(
-    plain: Path, packed: Path, tiny_model: Path, tmp_path: Path
+    chosen: tuple[Path, Outcome, list[str]], plain: Path
 ) -> None:
-    outcome, lines = train(packed, tiny_model, tmp_path, AUTO)
-    assert_same_run(tmp_path / "out", plain)
+    folder, outcome, lines = chosen
+    assert_same_run(folder / "out", plain)
     rows, times = (outcome.facts[key] for key in ("per_device_train_batch_size", "gradient_accumulation_steps"))
     assert rows * times == 4
     assert outcome.facts["checkpointed_every_n_layers"] == 0  # there is memory enough for so small a model
     assert f"{rows} packed row" in said(lines)
     assert "no layer recomputed: about" in said(lines)
     assert " + activations " in said(lines)
-    mark = read_mark(tmp_path / "out" / "checkpoint")
+    mark = read_mark(folder / "out" / "checkpoint")
     assert mark is not None
     assert (mark.rows_at_once, mark.micro_batches, mark.checkpoint_every) == (rows, times, 0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("deepspeed", [None, "zero2"])
-def test_two_ranks_choose_alike(
-    deepspeed: str | None, plain: Path, packed: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    changes = {"num_processes": 2, "gradient_accumulation_steps": 2, "deepspeed": deepspeed}
-    outcome, _ = train(packed, tiny_model, tmp_path, AUTO.model_copy(update=changes))
-    assert_same_run(tmp_path / "out", plain)
-    assert outcome.facts["per_device_train_batch_size"] * outcome.facts["gradient_accumulation_steps"] == 2
+def test_two_ranks_choose_alike(plain: Path, packed: Path, tiny_model: Path, tmp_path: Path) -> None:
+    shared = AUTO.model_copy(update={"num_processes": 2, "gradient_accumulation_steps": 2})
+    sections = {"plain": shared, "zero2": shared.model_copy(update={"deepspeed": "zero2"})}
+    for name, out in train_together(packed, tiny_model, tmp_path, sections).items():
+        assert_same_run(out, plain)
+        mark = read_mark(out / "checkpoint")
+        assert mark is not None
+        split = chosen_split(mark, sections[name], 2)
+        assert split["per_device_train_batch_size"] * split["gradient_accumulation_steps"] == 2
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_stays_as_it_was_split(plain: Path, packed: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_run_that_goes_on_stays_as_it_was_split(
+    chosen: tuple[Path, Outcome, list[str]], plain: Path, packed: Path, tiny_model: Path, tmp_path: Path
+) -> None:
     """Two rows at once, all recomputed, as its checkpoint says; nobody would choose that anew."""
-    train(packed, tiny_model, tmp_path / "first", AUTO)
     begun = tmp_path / "on" / "work" / "checkpoint-2"
-    shutil.copytree(tmp_path / "first" / "work" / "checkpoint-2", begun)
-    shutil.copy(tmp_path / "first" / "out" / "metrics.jsonl", tmp_path / "on" / "work")
+    shutil.copytree(chosen[0] / "work" / "checkpoint-2", begun)
+    shutil.copy(chosen[0] / "out" / "metrics.jsonl", tmp_path / "on" / "work")
     value = json.loads((begun / COMPLETE).read_text("utf-8"))
     (begun / COMPLETE).write_text(json.dumps(value | {"rows_at_once": 2, "checkpoint_every": 1, "micro_batches": 2}))
     outcome, lines = train(packed, tiny_model, tmp_path / "on", AUTO)

@@ -19,7 +19,7 @@ from sft_core.recipe import resolve
 from sft_core.steps import Retraining, run_step
 from sft_core.store import Store, list_files
 from sft_core.train.metrics import read_metrics
-from tests.sft_core.train_runs import child_of, weights_hash
+from tests.sft_core.train_runs import child_of, train_here, weights_hash
 
 pytestmark = pytest.mark.slow
 
@@ -28,6 +28,7 @@ LONG = 300.0
 EVERY_STEP = list(range(1, 41))
 RECIPE = """
 name: two
+seed: 7
 store: ./store
 base_model: {path: base}
 datasets: [{path: rows.jsonl, map_fn: "reader.py:read"}]
@@ -143,11 +144,10 @@ def prepared(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def straight(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Hash of the adapter of a training that nobody disturbed."""
-    folder = shutil.copytree(prepared, tmp_path_factory.mktemp("straight") / "project")
-    alone = Trainer(folder)
-    assert alone.end() == 0, alone.lines
-    return weights_hash(artifact(folder))
+    """Hash of the adapter of a training that nobody disturbed, in this process."""
+    (packed,) = (prepared / "store" / "pack").iterdir()
+    section = resolve(str(prepared / "recipe.yaml")).train
+    return weights_hash(train_here(packed, prepared / "base", tmp_path_factory.mktemp("straight"), section))
 
 
 def artifact(folder: Path) -> Path:
@@ -167,8 +167,10 @@ def await_end(pid: int) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("suspended", ["the parent", "parent and rank"])
-@pytest.mark.parametrize("back", ["while the second trains", "after the second is done"])
+@pytest.mark.parametrize(
+    ("suspended", "back"),
+    [("parent and rank", "while the second trains"), ("the parent", "after the second is done")],
+)
 def test_a_trainer_that_lost_its_lease_leaves_the_next_one_alone(
     prepared: Path, straight: str, tmp_path: Path, suspended: str, back: str
 ) -> None:

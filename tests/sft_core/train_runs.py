@@ -1,8 +1,11 @@
 """Real training runs at toy size, for the tests of train: a run's section, its start, its losses and its weights."""
 
 import hashlib
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +14,19 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from sft_core.convert.zero_files import rank_files, read_rank_state
 from sft_core.pack import pack_dataset
 from sft_core.recipe import LoraConfig, PackConfig, TrainConfig
 from sft_core.train import TrainInputs, copy_result, train_adapter
 from sft_core.train.checkpoints import newest_complete
-from sft_core.train.launchers import ONE_MACHINE, Launch
+from sft_core.train.launchers import ONE_MACHINE, Launch, training_environment
 from sft_core.train.metrics import read_metrics
 from sft_core.train.ranks import Heart
 from sft_core.train.spec import TrainSpec
 from sft_core.train.worker import run
 
+TOGETHER = 800.0
+"""Seconds for the trainings of one `train_together`; they take some 20."""
 PLAIN = TrainConfig(
     quantization="none",
     lora=LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0),
@@ -79,19 +85,58 @@ def train_here(packed: Path, model: Path, folder: Path, section: TrainConfig) ->
     """What one rank does between its start and its end, in this process: where no start, signal or DeepSpeed is at
     stake, several seconds of imports are saved. The folder of what would be the artifact."""
     assert status_here(packed, model, folder, section) == 0
-    checkpoint = newest_complete(folder / "work")
-    assert checkpoint is not None
-    shutil.rmtree(folder / "out", ignore_errors=True)
-    copy_result(checkpoint, folder / "work", folder / "out")
-    return folder / "out"
+    return taken(folder)
 
 
 def status_here(packed: Path, model: Path, folder: Path, section: TrainConfig) -> int:
     """The same, without a result: the rank's exit status."""
     assert section.deepspeed is None
-    work, stop = folder / "work", signal.getsignal(signal.SIGTERM)
+    stop, spec = signal.getsignal(signal.SIGTERM), spec_below(folder, packed, model, section)
+    heart = Heart(folder / "work" / "ranks", "0", 600)
+    try:
+        return run(spec, heart, 600)
+    finally:
+        heart.end()
+        signal.signal(signal.SIGTERM, stop)
+
+
+def train_together(packed: Path, model: Path, folder: Path, sections: dict[str, TrainConfig]) -> dict[str, Path]:
+    """Several trainings, as `run_together` does them."""
+    return run_together(folder, {name: (packed, model, section) for name, section in sections.items()})
+
+
+def run_together(folder: Path, runs: dict[str, tuple[Path, Path, TrainConfig]]) -> dict[str, Path]:
+    """Trainings (packed rows, model, section) of as many ranks each, one after the other in the same ranks
+    (many_runs.py), below `folder/NAME`; their folders of what would be the artifacts. Those under ZeRO-3 come last: it
+    changes torch."""
+    sections = {name: section for name, (_, _, section) in runs.items()}
+    (ranks,) = {section.num_processes or 1 for section in sections.values()}
+    specs = []
+    for name in sorted(runs, key=lambda name: "zero3" in (sections[name].deepspeed or "")):
+        spec_below(folder / name, *runs[name]).write(folder / name / "work" / "spec.json")
+        specs.append(str(folder / name / "work" / "spec.json"))
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
+    command = [sys.executable, *torchrun, "-m", "tests.sft_core.many_runs", *specs]
+    environment = training_environment(os.environ, ranks)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TOGETHER, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = {name: taken(folder / name) for name in sections}
+    for name, section in sections.items():
+        assert stage_seen(found[name] / "checkpoint") == (section.deepspeed or "").replace("deepspeed_", "")[:5], name
+    return found
+
+
+def stage_seen(checkpoint: Path) -> str:
+    """`zero3`, whose ranks hold parts of the model; `zero2` or `zero1`; nothing without DeepSpeed."""
+    folders = list(checkpoint.glob("global_step*"))
+    return f"zero{read_rank_state(rank_files(folders[0])[0]).stage}" if folders else ""
+
+
+def spec_below(folder: Path, packed: Path, model: Path, section: TrainConfig) -> TrainSpec:
+    """Of a training whose work is done below `folder`."""
+    work = folder / "work"
     work.mkdir(parents=True, exist_ok=True)
-    spec = TrainSpec(
+    return TrainSpec(
         packed=str(packed),
         base_model=str(model),
         trust_remote_code=False,
@@ -101,12 +146,15 @@ def status_here(packed: Path, model: Path, folder: Path, section: TrainConfig) -
         metrics=str(work / "metrics.jsonl"),
         conversations=str(packed.parent / "conversations"),
     )
-    heart = Heart(work / "ranks", "0", 600)
-    try:
-        return run(spec, heart, 600)
-    finally:
-        heart.end()
-        signal.signal(signal.SIGTERM, stop)
+
+
+def taken(folder: Path) -> Path:
+    """The folder of what would be the artifact."""
+    checkpoint = newest_complete(folder / "work")
+    assert checkpoint is not None
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    copy_result(checkpoint, folder / "work", folder / "out")
+    return folder / "out"
 
 
 def losses(out: Path) -> list[float]:
