@@ -26,6 +26,8 @@ from sft_core.train.stream import PackedStream
 from sft_core.train.watch import MOST_OVERFLOWS, StepWatch, sources_of
 from tests.sft_core.train_runs import config, make_packed, train, train_here
 
+TWO_RANKS: dict[str, object] = {"deepspeed": "zero2", "num_processes": 2, "dtype": "bfloat16"}
+
 
 @pytest.fixture(scope="module")
 def packed(
@@ -105,8 +107,7 @@ def poison(tiny_model: Path, folder: Path, value: float) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"deepspeed": "zero2", "num_processes": 2, "dtype": "bfloat16"}])
-@pytest.mark.parametrize("folder", ["packed", "normalized"])
+@pytest.mark.parametrize(("folder", "changes"), [("packed", {}), ("normalized", {}), ("normalized", TWO_RANKS)])
 def test_a_nan_loss_names_its_rows_and_saves_nothing(
     folder: str, changes: dict[str, object], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 from sft_core.errors import TrainError
 from sft_core.train.checkpoints import COMPLETE, Counts, mark_complete
 from sft_core.train.sound import newest_sound
-from tests.sft_core.train_runs import config, losses, train, weights_hash
+from tests.sft_core.train_runs import config, losses, train, train_here, weights_hash
 
 CONFIG = config(
     lora={"lora_dropout": 0.1}, max_steps=4, gradient_accumulation_steps=1, save_steps=1, save_total_limit=3
@@ -38,7 +38,7 @@ def cut_to(folder: Path, source: Path, step: int) -> Path:
 @pytest.fixture(scope="module")
 def straight(packed: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("straight")
-    train(packed, tiny_model, folder, CONFIG)
+    train_here(packed, tiny_model, folder, CONFIG)
     return folder
 
 
