@@ -87,6 +87,7 @@ def saved_name(name: str) -> str:
 
 
 if __name__ == "__main__":
+    sys.modules["mlflow"] = None  # type: ignore[assignment]  # DeepSpeed would import it
     for run_name in sys.argv[2:]:
         train(Path(sys.argv[1]) / run_name, *RUNS[run_name])
     torch.distributed.destroy_process_group()

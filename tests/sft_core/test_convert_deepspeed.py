@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from sft_core.convert import ConvertOptions, convert_checkpoint
 from sft_core.errors import ModelError
+from sft_core.train.launchers import training_environment
 from tests.sft_core.deepspeed_runs import LORA, RUNS
 
 ROOT = Path(__file__).parents[2]
@@ -33,9 +34,9 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = out / str(request.param)
     names = [name for name in RUNS if not (folder / name).exists()]
     assert names == [name for name, run in RUNS.items() if run[1] != "float16"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={request.param}"]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [*torchrun, str(TRAINER), str(folder), *names]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if request.param > 1 else []
+    environment = {**training_environment(os.environ, request.param), "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, *torchrun, str(TRAINER), str(folder), *names]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     return request.param, folder

@@ -254,6 +254,7 @@ def zero2_losses(way: LossWay) -> list[float]:
 
 
 if __name__ == "__main__":
+    sys.modules["mlflow"] = None  # type: ignore[assignment]  # DeepSpeed would import it
     from sft_core.train.launch import training_environment
     from sft_core.train.worker import _avoid_compiled_ops
 

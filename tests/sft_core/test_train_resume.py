@@ -51,9 +51,9 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def straight(packed: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `work` and `out` of an uninterrupted run of CONFIG."""
+    """A folder with `work` and `out` of an uninterrupted run of CONFIG, in this process."""
     folder = tmp_path_factory.mktemp("straight")
-    train(packed, tiny_model, folder, CONFIG)
+    train_here(packed, tiny_model, folder, CONFIG)
     return folder
 
 
@@ -112,7 +112,7 @@ def test_a_run_killed_after_its_last_checkpoint_takes_no_step_more(
 @pytest.mark.parametrize("method", ["zero3", "whole model"])
 def test_other_methods_resume_to_the_same_bytes(method: str, packed: Path, tiny_model: Path, tmp_path: Path) -> None:
     section = METHODS[method]
-    expected = train(packed, tiny_model, tmp_path / "straight", section)
+    expected = (train if section.deepspeed else train_here)(packed, tiny_model, tmp_path / "straight", section)
     kill_once(packed, tiny_model, tmp_path / "killed", section, random.Random(3))
     lines: list[str] = []
     found = train(packed, tiny_model, tmp_path / "killed", section, lines.append)
