@@ -64,9 +64,7 @@ def _table(forecast: Forecast, memory: float) -> Table:
 def _lines(recipe: Recipe, forecast: Forecast, ranks: int) -> list[str]:
     train = recipe.train
     rows = train.rows_a_step(ranks)
-    speed = (
-        forecast.tokens_per_second / train.sequence_parallel_size * ranks if ranks > 1 else forecast.tokens_per_second
-    )
+    speed = forecast.tokens_per_second * ranks / train.sequence_parallel_size
     gpus = f"{ranks} GPUs: " if ranks > 1 else ""
     lines = [
         f"split: {forecast.split}: {rows} packed rows of {recipe.pack.max_length:,} tokens an optimizer step",

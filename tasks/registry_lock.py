@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar, cast
 
 from mlflow.entities import ViewType
@@ -94,7 +94,7 @@ class LockFiles:
 
     def cat_file(self, path: str) -> bytes:
         """Who holds it, or held it. FileNotFoundError if there is no such experiment."""
-        found = self._find(path)
+        found = self._look_up(path)
         if found is None or HOLDER not in found.tags:
             raise FileNotFoundError(path)
         if found.lifecycle_stage == "active":
@@ -107,33 +107,38 @@ class LockFiles:
         try:
             _asked(lambda: client().create_experiment(self._experiment(path), tags=tags))
         except FileExistsError:
-            found = self._find(path)  # a try that was not answered may have been ours
+            found = self._look_up(path)  # a try that was not answered may have been ours
             return found is not None and found.tags.get(HOLDER) == data.decode()
         return True
 
     def write(self, path: str, data: bytes) -> None:
         """Tell of a sign of life; a release deletes the experiment."""
-        found = self._find(path)
-        if found is None or found.lifecycle_stage != "active":
-            return
-        try:
-            _asked(lambda: client().set_experiment_tag(found.experiment_id, HOLDER, data.decode()))
-        except StoreError:
-            found = client().get_experiment(found.experiment_id)
-            if found.lifecycle_stage == "active":
-                raise
-            return  # another one deleted it in between
+        self._change(path, lambda number: client().set_experiment_tag(number, HOLDER, data.decode()))
         if json.loads(data)["released"]:
             self.remove(path)
 
     def remove(self, path: str) -> None:
         """Delete the experiment; nothing happens where there is none."""
+        self._change(path, lambda number: client().delete_experiment(number))
+
+    def _change(self, path: str, request: Callable[[str], object]) -> None:
+        """Ask it of the experiment, by its number, while that is there; another process may delete it in between."""
         found = self._find(path)
-        if found is not None and found.lifecycle_stage == "active":
-            with suppress(FileNotFoundError):  # another one deleted it in between
-                _asked(lambda: client().delete_experiment(found.experiment_id))
+        if found is None:
+            return
+        try:
+            _asked(lambda: request(found.experiment_id))
+        except StoreError:
+            if self._find(path) is not None:
+                raise
 
     def _find(self, path: str) -> Any:
+        """The experiment, None where it is deleted or was never there."""
+        found = self._look_up(path)
+        return found if found is not None and found.lifecycle_stage == "active" else None
+
+    def _look_up(self, path: str) -> Any:
+        """The experiment, deleted or not."""
         return _asked(lambda: client().get_experiment_by_name(self._experiment(path)))
 
     def _experiment(self, path: str) -> str:
@@ -150,8 +155,6 @@ def _asked(request: Callable[[], Value]) -> Value:
     except MlflowException as error:
         if error.error_code == "RESOURCE_ALREADY_EXISTS":
             raise FileExistsError from None
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            raise FileNotFoundError from None
         raise StoreError(f"MLflow: {first_line(error)}") from error
     except TrackingError as error:
         raise StoreError(str(error)) from error

@@ -96,10 +96,9 @@ def count_micro_batch(model: Any, tokens: int, way: Way) -> Counted:
             saved = meter.live
             meter.peak = 0
             chunked, size = _chunks(inner), hidden.nbytes
-            chosen = hidden.flatten(0, 1).clone()  # training picks the supervised rows
-            loss = _loss(inner, chosen, ids.flatten(), chunked)
+            loss = _loss(inner, hidden.flatten(0, 1), ids.flatten(), chunked)
             logits, meter.peak = meter.peak - saved, 0
-            del hidden, chosen
+            del hidden
             loss.backward()  # type: ignore[no-untyped-call]
     finally:
         for hook in hooks:

@@ -27,7 +27,7 @@ def check_rotary(model: Any) -> None:
             raise TrainError(
                 f"{name} is held in {str(buffer.dtype).removeprefix('torch.')}: positions beyond a few hundred are "
                 "wrong in training and right in use. Update DeepSpeed (0.19.8 or later keeps it in float32), or set "
-                "train.deepspeed: null"
+                "train.deepspeed to zero2 or null"
             )
 
 

@@ -24,7 +24,7 @@ from sft_core.train.worker import _leave_out
 from sft_core.train.zero import PRESETS, deepspeed_config
 from tests.sft_core.architectures import SMALL
 from tests.sft_core.test_train_saving import arguments
-from tests.sft_core.train_runs import config, status_here, train_here, weights_hash
+from tests.sft_core.train_runs import config, spec_below, status_here, train_here, weights_hash
 
 ROOT = Path(__file__).parents[2]
 
@@ -206,7 +206,6 @@ def facts(packed: Path, model: Path, folder: Path) -> dict[str, Any]:
     """Of a real rank under ZeRO-2 in bfloat16, and of a sum of two gradients there."""
     from sft_core.train.launchers import free_port
     from sft_core.train.ranks import Heart
-    from sft_core.train.spec import TrainSpec
     from sft_core.train.trainer import PackedTrainer
     from sft_core.train.worker import run
 
@@ -221,18 +220,9 @@ def facts(packed: Path, model: Path, folder: Path) -> dict[str, Any]:
 
     PackedTrainer.train = keep  # type: ignore[method-assign]
     section = config(deepspeed="zero2", dtype="bfloat16", max_steps=1, gradient_accumulation_steps=2)
-    work = folder / "work"
-    work.mkdir()
-    spec = TrainSpec(
-        packed=str(packed),
-        base_model=str(model),
-        trust_remote_code=False,
-        train=section.model_dump(mode="json"),
-        seed=7,
-        checkpoints=str(work),
-        metrics=str(work / "metrics.jsonl"),
-    )
-    assert run(spec, Heart(work / "ranks", "0", 600), 600) == 0
+    spec = spec_below(folder, packed, model, section)
+    beats = Path(spec.checkpoints) / "ranks"
+    assert run(spec, Heart(beats, "0", 600), 600) == 0
     engine = made[0].model_wrapped
     optimizer = engine.optimizer
     return {

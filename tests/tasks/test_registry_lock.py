@@ -98,9 +98,12 @@ def test_what_another_one_deleted_between_look_and_delete_is_no_fault(
     as_seen = empty_registry.get_experiment_by_name(seen(empty_registry)[0])
     files.remove(path)
     assert seen(empty_registry) == []
-    monkeypatch.setattr(files, "_find", lambda _: as_seen)
-    files.remove(path)
-    files.write(path, b'{"released": false}')
+    for request in (lambda: files.remove(path), lambda: files.write(path, b'{"released": false}')):
+        looks = iter([as_seen])
+        find = registry_lock.LockFiles._find
+        monkeypatch.setattr(files, "_find", lambda path, looks=looks, find=find: next(looks, None) or find(files, path))
+        request()
+        assert next(looks, None) is None
 
 
 def test_a_clock_that_is_ten_minutes_off_lets_nobody_in(
