@@ -42,6 +42,13 @@ def test_cancelling_the_parent_or_the_training_cancels_both_and_the_next_run_goe
     assert_both_ended(stack, parent, train["id"])
     assert times_saved(store) == 2 * first
     assert newest_step(store) > saved
+    saved = newest_step(store)
+
+    again = stack.run_deployment("retrain/on-demand", {"recipe": recipe})
+    assert stack.wait_final(again)["state_type"] == "COMPLETED"
+    (last,) = attempts(stack, again, "train")
+    assert any(f"resuming from checkpoint-{saved} of" in line for line in stack.logs(last["id"]))
+    assert all(statuses == ["FINISHED"] for statuses in mlflow_statuses(stack, NAME).values())
 
 
 def cancel(stack: Stack, run_id: str) -> None:

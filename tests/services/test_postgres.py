@@ -1,4 +1,4 @@
-"""Prefect and MLflow on PostgreSQL, as a team has them: two retrainings at once among 100 short runs, nothing lost or
+"""Prefect and MLflow on PostgreSQL, as a team has them: two retrainings at once among 200 short runs, nothing lost or
 doubled; both databases restored from dumps into servers that answer the same; a cron over a missed night."""
 
 import shutil
@@ -23,7 +23,7 @@ from tests.services.left_alone import (
 from tests.services.postgres import Postgres, postgres
 from tests.services.stack import RECIPE, RUN_SECONDS, Stack, wait_until, write_project
 
-SHORT_RUNS = 100
+SHORT_RUNS = 200
 SHORT_PROCESSES = 5
 RECORDED_SECONDS = 120.0
 """Bound on the server's recording of task runs, which it does from events, after the runs have ended."""
@@ -61,7 +61,7 @@ def settings(prefect_database: str) -> dict[str, str]:
     }
 
 
-def test_two_retrainings_and_100_short_runs_at_once_lose_and_double_nothing(stack: Stack, database: Postgres) -> None:
+def test_two_retrainings_and_200_short_runs_at_once_lose_and_double_nothing(stack: Stack, database: Postgres) -> None:
     started = []
     for name, deployment in (("first", "retrain/on-demand"), ("second", "retrain/nightly")):
         recipe = RECIPE.replace("name: orders", f"name: {name}\nseed: {len(name)}")  # not the same training
